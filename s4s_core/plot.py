@@ -1,0 +1,191 @@
+"""The pictures that the notebooks share; each function draws on `ax`, or a new one, and returns it.
+
+Colours are those of Okabe and Ito, told apart by colour-blind readers; markers and line styles
+repeat what the colour says, so that a picture also reads in grey.
+"""
+
+from itertools import cycle
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+
+INK, PALE = "#333333", "#d9d9d9"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+TINTS = ("#ececec", "#cfcfcf", "#b2b2b2")
+MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
+STYLE = {
+    "figure.dpi": 80,
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.edgecolor": INK,
+    "legend.frameon": False,
+}
+
+
+def _axes(ax, size: tuple[float, float]):
+    """`ax`, or new axes of `size` inches, without the frame on the side where nothing is read."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=size)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _numpy(x) -> np.ndarray:
+    """A tensor on any device, with or without gradient, or anything that numpy takes."""
+    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=float)
+
+
+@mpl.rc_context(STYLE)
+def plot_grid(grids: dict, ax=None, x: str = "lam"):
+    """Where the steps fall: one row for each named grid, noise on the left, data on the right.
+
+    grids  name -> TimeGrid, or any object whose `x` is a tensor (N+1,)
+    x      "lam", or "s" on a logarithmic axis
+    Where the network is told other times than those of the steps (`t_model`), circles below the
+    row show them.
+    """
+    ax = _axes(ax, (6.5, 0.8 + 0.4 * len(grids)))
+    for row, ((_, grid), color) in enumerate(zip(grids.items(), cycle(COLORS))):
+        points = _numpy(getattr(grid, x))
+        ax.plot(points, np.full(len(points), row), "-", color=PALE, lw=1.5, zorder=1)
+        ax.plot(points, np.full(len(points), row), "|", color=color, ms=15, mew=2.2)
+        t_model = getattr(grid, "t_model", None)
+        if t_model is not None and not np.array_equal(_numpy(t_model), _numpy(grid.t)):
+            told = _numpy(getattr(grid.schedule, x)(t_model))[:-1]  # no call at the last time
+            ax.plot(told, np.full(len(told), row + 0.32), "o", color=color, mfc="w", ms=5)
+    ax.set_yticks(range(len(grids)), grids)
+    ax.set_ylim(len(grids) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    if x == "s":
+        ax.set_xscale("log")
+        ax.invert_xaxis()
+    noise_level = r"$\lambda = \ln(\alpha/\sigma)$" if x == "lam" else r"$s = \sigma/\alpha$"
+    ax.set_xlabel(f"noise   ←   {noise_level}   →   data")
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_coefficients(coefficients, ax=None):
+    """The tables b: one row for each step, the newest evaluation first, blank where there is none.
+
+    coefficients  Coefficients, or name -> Coefficients to set several side by side; only `.b`,
+                  a tensor (N, k), is read. Tables of at most 60 numbers have them written in.
+    """
+    tables = coefficients if isinstance(coefficients, dict) else {"": coefficients}
+    blocks = {}
+    for name, table in tables.items():
+        b = _numpy(table.b)
+        step, back = np.indices(b.shape)
+        blocks[name] = np.where(back <= step, b, np.nan)
+    height = max(len(b) for b in blocks.values())
+    limit = max(np.nanmax(np.abs(b)) for b in blocks.values())
+    width = sum(b.shape[1] for b in blocks.values()) + 0.6 * (len(blocks) - 1)
+    ax = _axes(ax, (1.8 + 0.62 * width, 1.3 + 0.36 * height))
+    ax.spines[:].set_visible(False)
+    left, ticks, labels = 0.0, [], []
+    for name, b in blocks.items():
+        n, k = b.shape
+        image = ax.imshow(b, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto",
+                          extent=(left, left + k, n + 0.5, 0.5))  # fmt: skip
+        for (i, j), value in np.ndenumerate(b):
+            if np.isfinite(value) and b.size <= 60:
+                ink = "white" if abs(value) > 0.6 * limit else INK
+                number = f"{value:.2f}".replace("-", "−")
+                ax.text(left + j + 0.5, i + 1, number, color=ink, size=9, ha="center", va="center")
+        ax.text(left + k / 2, 0.3, name, ha="center", va="bottom")
+        ticks += [left + j + 0.5 for j in range(k)]
+        labels += ["newest" if j == 0 else f"−{j}" for j in range(k)]
+        left += k + 0.6
+    ax.set(xlim=(0, left - 0.6), ylim=(height + 0.5, 0.5), ylabel="step")
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(range(1, height + 1))
+    ax.tick_params(length=0)
+    ax.set_xlabel("network evaluation")
+    ax.figure.colorbar(image, ax=ax, label="coefficient", shrink=0.9)
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_metric(rows, x="nfe", y="frechet", by="solver", ax=None, ylabel=None, log=True):
+    """Curves of the mean of `y` over rows that agree in `by` and `x`; the band is min to max.
+
+    rows  dictionaries, one for each run; seeds are what differs within a group
+    by    key of a row, or a tuple of keys, that tells the curves apart
+    Raises KeyError where a row lacks `x`, `y` or a key of `by`.
+    """
+    ax = _axes(ax, (5.5, 3.6))
+    keys = (by,) if isinstance(by, str) else tuple(by)
+    curves = {}
+    for row in rows:
+        points = curves.setdefault(", ".join(str(row[key]) for key in keys), {})
+        points.setdefault(row[x], []).append(float(row[y]))
+    for n, (name, points) in enumerate(curves.items()):
+        at = sorted(points)
+        color = COLORS[n % len(COLORS)]
+        ax.fill_between(at, [min(points[p]) for p in at], [max(points[p]) for p in at],
+                        color=color, alpha=0.18, lw=0)  # fmt: skip
+        ax.plot(at, [np.mean(points[p]) for p in at], color=color, label=name,
+                marker=MARKERS[n % len(MARKERS)], ls=LINES[n % len(LINES)], ms=5.5)  # fmt: skip
+    if log:
+        ax.set_yscale("log")
+    ax.set_xticks(sorted({row[x] for row in rows}))
+    ax.grid(axis="y", color=PALE, lw=0.6)
+    ax.set(xlabel=x.upper() if x == "nfe" else x, ylabel=ylabel or y)
+    ax.legend()
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def show_images(x, rows=None, ax=None, title=None):
+    """Images as one tiled picture, row by row; values outside [-1, 1] are clipped.
+
+    x     (B, C, H, W) in [-1, 1], C = 1 (grey) or 3 (red, green, blue)
+    rows  number of rows; by default the most nearly square tiling
+    """
+    x = _numpy(x)
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"images must have shape (B, 1 or 3, H, W), not {x.shape}")
+    count, channels, height, width = x.shape
+    rows = rows or max(1, int(count**0.5))
+    columns = -(-count // rows)
+    gap = max(1, width // 16)
+    tiles = np.ones((rows * columns, channels, height + gap, width + gap))
+    tiles[:count, :, :height, :width] = (x.clip(-1, 1) + 1) / 2
+    picture = tiles.reshape(rows, columns, channels, height + gap, width + gap)
+    picture = picture.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), -1, channels)
+    picture = picture[:-gap, :-gap]
+    side = min(0.9, 9 / columns)
+    ax = _axes(ax, (side * columns, side * rows + (0.3 if title else 0)))
+    ax.imshow(picture.squeeze(-1) if channels == 1 else picture, cmap="gray", vmin=0, vmax=1,
+              interpolation="nearest")  # fmt: skip
+    ax.set_axis_off()
+    ax.set_title(title or "")
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_losses(epochs, ax=None):
+    """Training and validation loss of each epoch; where there are several phases, they are shaded.
+
+    epochs  records with `index`, `train_loss`, `valid_loss` and `phase`, in order
+    """
+    epochs = list(epochs)
+    ax = _axes(ax, (6.0, 3.2))
+    index = [e.index for e in epochs]
+    ax.plot(index, _numpy([e.train_loss for e in epochs]), color=COLORS[0], label="training")
+    ax.plot(index, _numpy([e.valid_loss for e in epochs]), "--", color=COLORS[1],
+            label="validation")  # fmt: skip
+    tints = dict(zip(dict.fromkeys(e.phase for e in epochs), cycle(TINTS)))
+    if len(tints) > 1:
+        for phase, tint in tints.items():
+            ax.bar([e.index for e in epochs if e.phase == phase], 1, 1, color=tint, zorder=0,
+                   transform=ax.get_xaxis_transform(), label=phase)  # fmt: skip
+    ax.set_yscale("log")
+    ax.set_xlim(index[0] - 0.5, index[-1] + 0.5)
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    ax.set(xlabel="epoch", ylabel="loss")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax

@@ -1,0 +1,164 @@
+"""The pictures show the data they were given, with labelled axes."""
+
+from types import SimpleNamespace
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from s4s_core import plot
+from s4s_core.grid import GRIDS, LearnedGrid
+from s4s_core.schedule import EDM
+
+matplotlib.use("Agg")
+SCHEDULE = EDM(T=80.0, t_min=0.002)
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def grids():
+    return {name: grid(SCHEDULE, 5) for name, grid in GRIDS.items()}
+
+
+@pytest.mark.parametrize("x", ["lam", "s"])
+def test_grid_marks_every_step(x):
+    ax = plot.plot_grid(grids(), x=x)
+    marks = [line for line in ax.lines if line.get_marker() == "|"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(GRIDS)
+    for line, grid in zip(marks, grids().values(), strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), getattr(grid, x))
+    assert "noise" in ax.get_xlabel() and "data" in ax.get_xlabel()
+    # In either coordinate sampling runs from left to right.
+    ends = ax.transData.transform([(float(getattr(grid, x)[i]), 0) for i in (0, -1)])
+    assert ends[0][0] < ends[1][0]
+
+
+def test_grid_marks_the_times_told_to_the_network():
+    start = LearnedGrid.start_at(GRIDS["logsnr"](SCHEDULE, 4))
+    offsets = torch.tensor([0.0, 0.3, -0.2, 0.1, 0.0], dtype=torch.float64)
+    xi = start.xi.clone().requires_grad_()
+    grid = LearnedGrid(SCHEDULE, xi, start.xi_c + offsets).grid()
+    ax = plot.plot_grid({"plain": GRIDS["logsnr"](SCHEDULE, 4), "learned": grid})
+    (told,) = [line for line in ax.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(told.get_xdata(), SCHEDULE.lam(grid.t_model).detach()[:-1])
+
+
+def test_coefficients_are_shown_newest_first_and_blank_where_masked():
+    b = torch.tensor([[1.0, 0.0, 0.0], [1.5, -0.5, 0.0], [2.0, -1.5, 0.0]], requires_grad=True)
+    ax = plot.plot_coefficients(SimpleNamespace(b=b))
+    (image,) = ax.images
+    drawn = image.get_array()
+    np.testing.assert_array_equal(
+        drawn.filled(np.nan), [[1, np.nan, np.nan], [1.5, -0.5, np.nan], [2, -1.5, 0]]
+    )
+    assert image.get_clim() == (-2, 2)
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("step", "network evaluation")
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["newest", "−1", "−2"]
+    assert [t.get_text() for t in ax.texts] == [
+        "1.00",
+        "1.50",
+        "−0.50",
+        "2.00",
+        "−1.50",
+        "0.00",
+        "",
+    ]
+
+
+def test_several_tables_share_one_colour_scale():
+    tables = {
+        k: SimpleNamespace(b=torch.full((n, k), float(k)).tril()) for k, n in ((1, 3), (4, 5))
+    }
+    ax = plot.plot_coefficients({f"order {k}": table for k, table in tables.items()})
+    assert [image.get_array().shape for image in ax.images] == [(3, 1), (5, 4)]
+    assert {image.get_clim() for image in ax.images} == {(-4, 4)}
+    assert {"order 1", "order 4"} <= {text.get_text() for text in ax.texts}
+    assert ax.get_ylim() == (5.5, 0.5)
+
+
+def rows():
+    return [
+        {"nfe": nfe, "solver": solver, "order": order, "seed": seed, "frechet": scale * nfe + seed}
+        for nfe in (8, 3, 5)
+        for solver, order, scale in (("ddim", 1, 4.0), ("ipndm", 3, 2.0))
+        for seed in (0, 1, 5)
+    ]
+
+
+def test_metric_draws_mean_and_range_of_each_group():
+    ax = plot.plot_metric(rows(), ylabel="Fréchet distance (toy)")
+    assert [line.get_label() for line in ax.lines] == ["ddim", "ipndm"]
+    np.testing.assert_array_equal(ax.lines[1].get_xdata(), [3, 5, 8])
+    np.testing.assert_array_equal(ax.lines[1].get_ydata(), [8, 12, 18])
+    band = ax.collections[1].get_paths()[0].vertices
+    assert {(3.0, 6.0), (3.0, 11.0), (8.0, 16.0), (8.0, 21.0)} <= set(map(tuple, band))
+    assert ax.get_xlabel() == "NFE" and ax.get_ylabel() == "Fréchet distance (toy)"
+    assert ax.get_yscale() == "log" and list(ax.get_xticks()) == [3, 5, 8]
+    # Colour is never the only difference.
+    assert len({line.get_marker() for line in ax.lines}) == 2
+    assert len({line.get_linestyle() for line in ax.lines}) == 2
+
+
+def test_metric_groups_by_several_keys_on_given_axes():
+    _, given = plt.subplots()
+    ax = plot.plot_metric(rows(), by=("solver", "order"), ax=given, log=False)
+    assert ax is given and ax.get_yscale() == "linear" and ax.get_ylabel() == "frechet"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ddim, 1", "ipndm, 3"]
+    with pytest.raises(KeyError, match="solvr"):
+        plot.plot_metric(rows(), by="solvr")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_tiled_row_by_row(channels):
+    x = torch.linspace(-1.2, 1, 5 * channels * 4 * 4).reshape(5, channels, 4, 4)
+    ax = plot.show_images(x, rows=2, title="five")
+    picture = np.atleast_3d(ax.images[0].get_array().filled())
+    assert picture.shape == (2 * 4 + 1, 3 * 4 + 2, channels)
+    expected = (x.clip(-1, 1) + 1) / 2
+    np.testing.assert_allclose(picture[:4, 5:9], expected[1].permute(1, 2, 0), atol=1e-6)
+    np.testing.assert_allclose(picture[5:, :4], expected[3].permute(1, 2, 0), atol=1e-6)
+    assert (picture[5:, 10:] == 1).all() and (picture[4] == 1).all()
+    assert ax.get_title() == "five" and len(ax.images) == 1
+
+
+def test_images_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(B, 1 or 3, H, W\), not \(5, 2, 4, 4\)"):
+        plot.show_images(torch.zeros(5, 2, 4, 4))
+
+
+def epochs(phases):
+    return [
+        SimpleNamespace(
+            index=i, train_loss=1 / (i + 1), valid_loss=None if i == 0 else 2.0, phase=p
+        )
+        for i, p in enumerate(phases)
+    ]
+
+
+def test_losses_and_phases():
+    ax = plot.plot_losses(epochs(["phi", "phi", "xi", "phi"]))
+    train, valid = ax.lines
+    np.testing.assert_array_equal(train.get_xdata(), [0, 1, 2, 3])
+    np.testing.assert_allclose(train.get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
+    np.testing.assert_array_equal(valid.get_ydata(), [np.nan, 2, 2, 2])
+    shaded = {bars.get_label(): [b.get_x() + 0.5 for b in bars] for bars in ax.containers}
+    assert shaded == {"phi": [0, 1, 3], "xi": [2]}
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "loss")
+
+
+def test_one_phase_needs_no_shading():
+    ax = plot.plot_losses(iter(epochs(["phi", "phi"])))
+    assert not ax.containers and len(ax.get_legend().get_texts()) == 2
+
+
+def test_style_stays_local():
+    before = dict(matplotlib.rcParams)
+    ax = plot.plot_losses(epochs(["phi"]))
+    assert ax.figure.dpi == 80
+    assert dict(matplotlib.rcParams) == before
