@@ -1,0 +1,257 @@
+"""The shape of the repository: what imports what, what a notebook is, what a parameter file is."""
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "s4s_core"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PARAMS = sorted((ROOT / "params").glob("*.yaml"))
+
+# Sentinels: a moved folder or a quietly skipped test must not turn the suite green.
+AT_LEAST_NOTEBOOKS = 3
+SKIPS = 0
+
+# The reading order: each file may import those above it, except where LIMITS says less.
+ORDER = [
+    *["base", "schedule", "grid", "solver", "teacher", "model", "objective", "learn"],
+    *["grid_search", "networks", "evaluate", "zoo", "experiment", "__init__"],
+    "plot",
+]
+LIMITS = {
+    "model": {"base", "schedule"},
+    "grid_search": {"base", "schedule", "grid", "solver"},
+    "networks": {"base"},
+    "evaluate": {"base", "schedule", "grid", "solver"},
+    "plot": set(),
+}
+ALWAYS = {"torch", "numpy", "safetensors", "yaml", "tqdm", "sklearn", "matplotlib"}
+WHERE_USED = ALWAYS | {"torchvision", "lpips", "torch_fidelity", "diffusers", "scipy"}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted name, whether at the top level) of every import in a file of s4s_core."""
+    package = ["s4s_core", *path.relative_to(CORE).parts[:-1]]
+    tree = ast.parse(path.read_text("utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            names = [".".join([*above, *filter(None, [node.module])])]
+            if names == ["s4s_core"]:  # from . import grid
+                names = [f"s4s_core.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found += [(name, node in tree.body) for name in names]
+    return found
+
+
+CORE_FILES = sorted(CORE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda p: str(p.relative_to(CORE)))
+def test_imports_run_in_reading_order(path):
+    module = path.relative_to(CORE).parts[0].removesuffix(".py")
+    assert module in ORDER, f"{module} has no place in the reading order"
+    allowed = {module, "__version__", *LIMITS.get(module, ORDER[: ORDER.index(module)])}
+    for name, _ in imports(path):
+        if name.startswith("s4s_core"):
+            assert name.split(".")[1] in allowed, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda p: str(p.relative_to(CORE)))
+def test_dependencies_are_declared_and_extras_are_imported_where_used(path):
+    for name, at_top in imports(path):
+        package = name.split(".")[0]
+        if package not in sys.stdlib_module_names and package != "s4s_core":
+            assert package in (ALWAYS if at_top else WHERE_USED), name
+
+
+def test_networks_know_torch_only():
+    known = {"torch", "safetensors", "tqdm", "s4s_core"}
+    for path in sorted((CORE / "networks").glob("*.py")):
+        for name, at_top in imports(path):
+            package = name.split(".")[0]
+            allowed = known if at_top else known | {"sklearn"}
+            assert package in allowed | sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+def test_importing_the_package_is_light():
+    heavy = "torchvision lpips torch_fidelity diffusers sklearn matplotlib papermill".split()
+    loaded = f"import sys, s4s_core; print(sorted(set({heavy}) & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= AT_LEAST_NOTEBOOKS
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def texts(notebook) -> str:
+    """Everything in a notebook that a person reads as text: sources and textual outputs."""
+    found = [cell.source for cell in notebook.cells]
+    for output in outputs(notebook):
+        found.append(output.get("text", ""))
+        found += [str(v) for k, v in output.get("data", {}).items() if not k.startswith("image/")]
+    return "\n".join(found)
+
+
+def tagged(notebook, tag: str):
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def test_notebook_opens_with_a_title_and_a_claim(notebook):
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown"
+    lines = [line for line in first.source.splitlines() if line.strip()]
+    titles = [line for line in lines if line.startswith("# ")]
+    assert len(titles) == 1 and lines[-1] != titles[0]
+
+
+def test_papermill_understands_every_parameter(notebook, path):
+    (cell,) = tagged(notebook, "parameters")
+    body = ast.parse(cell.source).body
+    names = []
+    for statement in body:
+        assert isinstance(statement, ast.Assign | ast.AnnAssign), ast.unparse(statement)
+        ast.literal_eval(statement.value)  # what is derived here would not follow its parameter
+        target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+        names.append(target.id)
+    known = papermill.inspect_notebook(str(path))
+    assert names == list(known)
+    for name, parameter in known.items():
+        assert parameter["help"].strip(), f"{name} is not explained"
+        assert "=" not in parameter["help"], f"papermill cannot parse the help of {name}"
+
+
+def test_notebook_is_committed_as_executed(notebook):
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for output in outputs(notebook):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", output.text
+    assert "Traceback (most recent call last)" not in texts(notebook)
+
+
+def test_notebook_carries_no_leftovers(notebook, path):
+    assert path.stat().st_size < 300_000
+    assert not tagged(notebook, "injected-parameters")
+    assert "papermill" not in notebook.metadata
+    for cell in notebook.cells:
+        assert not {"papermill", "execution"} & set(cell.metadata)
+    places = r"(?<![\w.])/(work|home|tmp|root|Users|opt)/\S*|[A-Z]:\\\w+"
+    machine = re.search(places, texts(notebook))
+    assert machine is None, machine[0]
+
+
+def test_notebook_holds_no_logic(notebook):
+    (parameters,) = tagged(notebook, "parameters")
+    for cell in code_cells(notebook):
+        if cell is not parameters:
+            assert len(cell.source.splitlines()) <= 12, cell.source
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, ast.ClassDef), cell.source
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            else:
+                continue
+            for name in names:
+                package = name.split(".")[0]
+                allowed = package in {"s4s_core", "torch", "sklearn"} or name == "matplotlib.pyplot"
+                assert allowed, f"a notebook imports {name}"
+
+
+def strings(value):
+    """Every string inside a YAML value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for item in value for text in strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_there_are_params():
+    assert "digits" in [path.stem for path in PARAMS]
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
+def test_params_are_numbers_known_and_explained(path):
+    from s4s_core.zoo import Params
+
+    text = path.read_text("utf-8")
+    params = yaml.safe_load(text)
+    assert set(params) <= {field.name for field in fields(Params)}
+    for string in strings(params):
+        # YAML 1.1 reads 1e-4 as a string; 1.0e-4 is a number.
+        assert not re.fullmatch(r"[-+]?[\d.][\d._]*([eE][-+]?\d+)?", string), f"{string!r} is text"
+    for line in text.splitlines():
+        if line.strip():
+            assert re.search(r"(^|\s)# \S", line), f"no unit or source: {line}"
+
+
+def test_every_skip_is_declared_and_explained():
+    found = []
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        calls = {node.func: node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        for node in ast.walk(tree):
+            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if re.fullmatch(r"pytest\.(skip|importorskip|mark\.skip|mark\.skipif)", name):
+                call = calls.get(node)
+                reasons = [k.value for k in call.keywords if k.arg == "reason"] if call else []
+                reasons += call.args if call and name == "pytest.skip" else []
+                assert reasons, f"{path.name}:{node.lineno}: {name} gives no reason"
+                found.append(f"{path.name}:{node.lineno}")
+    assert len(found) == SKIPS, found
+
+
+def test_the_map_in_the_readme_names_every_notebook():
+    rows = [
+        line
+        for line in (ROOT / "README.md").read_text("utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    assert {name for row in rows for name in re.findall(r"notebooks/(\w+)\.ipynb", row)} == {
+        path.stem for path in NOTEBOOKS
+    }
+
+
+def test_links_in_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text("utf-8"))
+    for link in links:
+        assert (ROOT / link).exists(), link
