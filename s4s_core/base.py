@@ -1,0 +1,44 @@
+"""What every other module stands on: errors told in one sentence, and files written whole."""
+
+import os
+from pathlib import Path
+
+
+class UsageError(ValueError):
+    """A slip that the user can mend: the sentence names it, what is allowed and what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints instead of a traceback: the sentence alone."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+def one_of(kind: str, name, allowed):
+    """`allowed[name]` (or `name`, where `allowed` is no mapping); UsageError if it is not there."""
+    if not isinstance(name, str) or name not in allowed:
+        raise UsageError(f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(allowed))}")
+    return allowed[name] if isinstance(allowed, dict) else name
+
+
+def write_atomically(path, content: bytes) -> None:
+    """Write `content` beside `path`, then rename: no reader ever meets half a file.
+
+    Two processes may write the same path; the last to finish wins, whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def progress(iterable=None, **options):
+    """A tqdm bar in a terminal or a notebook, nothing elsewhere; gone once it is done."""
+    from tqdm.auto import tqdm
+
+    return tqdm(iterable, disable=None, leave=False, **options)

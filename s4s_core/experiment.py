@@ -1,0 +1,357 @@
+"""One run is one record: an `Experiment` says what, `run` returns its `Result`, cached on disk.
+
+    python -m s4s_core.experiment --dataset digits --nfe 5 --learn coefficients
+
+Results live under `results/` by the hash of the complete effective configuration: a changed
+setting is a new result, never a stale hit. This module is the only writer there.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, cached_property
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from . import __version__, zoo
+from .base import UsageError, one_of, write_atomically
+from .evaluate import feature_sums, frechet_distance
+from .grid import GRIDS, TimeGrid
+from .learn import (
+    LearningDiverged,
+    learn_alternating,
+    learn_coefficients,
+    learn_jointly,
+    learn_times,
+)
+from .solver import HIGHEST_ORDER, SOLVERS, Solver
+from .teacher import TeacherSet, generate, make_teacher_set
+
+LEARN = {
+    "none": None,
+    "coefficients": learn_coefficients,
+    "times": learn_times,
+    "alternating": learn_alternating,
+    "jointly": learn_jointly,
+}
+load = cache(zoo.load)
+
+
+def results_folder() -> Path:
+    """Where results are kept: $S4S_RESULTS, or `results/` in the checkout or the working folder."""
+    root = zoo.PACKAGE.parent
+    default = root if (root / "params").is_dir() else Path.cwd()
+    return Path(os.environ.get("S4S_RESULTS") or default / "results")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to learn, from where, and how many network calls; see params/ for everything else.
+
+    dataset  a file in params/            grid   a name in GRIDS, or "ld3": learned by LD3
+    solver   a name in SOLVERS            order  evaluations a step may use, at most nfe
+    learn    a name in LEARN              seed   of the teacher set and of the batches
+    settings replaces entries of params/<dataset>.yaml by name; None leaves one as it is
+
+    Raises UsageError for a name, type or combination that cannot be run.
+    """
+
+    dataset: str = "digits"
+    grid: str = "logsnr"
+    solver: str = "ipndm"
+    order: int = 3
+    nfe: int = 5
+    learn: str = "none"
+    seed: int = 0
+    settings: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        one_of("dataset", self.dataset, zoo.datasets())
+        one_of("grid", self.grid, [*GRIDS, "ld3"])
+        one_of("solver", self.solver, SOLVERS)
+        one_of("value of learn", self.learn, LEARN)
+        for name, lowest in (("order", 1), ("nfe", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < lowest:
+                raise UsageError(
+                    f"{name} must be a whole number of at least {lowest}, not {value!r}"
+                )
+        if self.order > self.nfe:
+            raise UsageError(
+                f"order {self.order} needs at least {self.order} network calls, not nfe = "
+                f"{self.nfe}: lower the order or raise nfe"
+            )
+        highest = HIGHEST_ORDER.get(self.solver, self.order)
+        if self.learn in ("none", "times") and self.order > highest:
+            raise UsageError(
+                f"{self.solver} is published up to order {highest}: order {self.order} needs "
+                "learned coefficients (learn = coefficients, alternating or jointly)"
+            )
+        self.params  # noqa: B018  checks the settings now rather than after an hour
+
+    @cached_property
+    def params(self) -> zoo.Params:
+        """The effective settings."""
+        return zoo.load_params(self.dataset).override(**self.settings)
+
+    def config(self) -> dict:
+        """Everything the result depends on, as plain values."""
+        what = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        return {
+            **what,
+            "params": asdict(self.params),
+            "checkpoint_sha256": load(self.dataset).checkpoint_sha256,
+            "version": __version__,
+        }
+
+    def path(self) -> Path:
+        """The file of its result."""
+        return _cache_path(self.dataset, "result", self.config(), "json")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    frechet   Frechet distance of `n_samples` samples, seeds 0 to n_samples - 1, to the real data,
+              with the features that `features` names
+    distance_to_teacher  root mean square difference per entry between those samples and the
+              teacher's from the same noise
+    seconds   of learning (0.0 without); history  one record an epoch: losses, table and times
+    """
+
+    config: dict
+    solver: Solver
+    frechet: float
+    distance_to_teacher: float
+    n_samples: int
+    features: str
+    seconds: float
+    history: list
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """The inverse of the file that `run` writes; raises where it is not whole."""
+        entries = json.loads(path.read_text("utf-8"))
+        return cls(**{**entries, "solver": Solver.from_dict(entries["solver"])})
+
+    def row(self) -> dict:
+        """One flat record for tables and plots."""
+        names = ("dataset", "grid", "solver", "order", "nfe", "learn", "seed")
+        metrics = ("frechet", "distance_to_teacher", "seconds", "n_samples")
+        return {n: self.config[n] for n in names} | {n: getattr(self, n) for n in metrics}
+
+
+def run(experiment: Experiment) -> Result:
+    """The experiment's result, from the cache or computed and cached.
+
+    Interrupting leaves the best solver so far beside where the result would be, and no result.
+    """
+    path = experiment.path()
+    try:
+        return Result.read(path)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:  # e.g. edited by hand: make it again
+        print(f"{path} is not a readable result ({error}); computing it again", file=sys.stderr)
+    setup = _setup(experiment)
+    solver, seconds, history = _learned(experiment, setup, path)
+    n = setup.params.fid_samples
+    x_0 = torch.cat([x.cpu() for x in generate(solver, setup, range(n))])
+    sums = feature_sums(setup.features, x_0.to(setup.device).split(setup.params.sample_batch_size))
+    metrics = {
+        "frechet": frechet_distance(sums, setup.reference),
+        "distance_to_teacher": (x_0 - _teacher_samples(setup)).square().mean().sqrt().item(),
+        "n_samples": n,
+        "features": setup.features_name,
+    }
+    config = experiment.config()
+    versions = {"s4s_core": __version__, "torch": torch.__version__, "python": _python()}
+    solver = Solver(
+        solver.coefficients, solver.grid, {"experiment": config, **metrics, "versions": versions}
+    )
+    result = Result(config, solver, seconds=seconds, history=history, **metrics)
+    entries = {f.name: getattr(result, f.name) for f in fields(Result)}
+    entries["solver"] = solver.to_dict()
+    write_atomically(path, (json.dumps(entries, indent=1) + "\n").encode())
+    return result
+
+
+def start(experiment: Experiment) -> Solver:
+    """The solver that learning begins with: the published table on the experiment's grid."""
+    setup = _setup(experiment)
+    params, nfe, order = setup.params, experiment.nfe, experiment.order
+    if experiment.grid == "ld3":
+        grid = run(_ld3(experiment)).solver.grid
+    else:
+        grid = GRIDS[experiment.grid](setup.schedule, nfe)
+    published = min(order, HIGHEST_ORDER.get(experiment.solver, order))
+    table = zoo.published(experiment.solver, grid, published, params)
+    return Solver(table.widen(order), grid)
+
+
+def _ld3(experiment: Experiment) -> Experiment:
+    """The run whose grid "ld3" is: the same solver at one order, so that orders compare."""
+    params = experiment.params
+    order = min(params.ld3_order, experiment.nfe, HIGHEST_ORDER.get(experiment.solver, 99))
+    changed = {"grid": params.ld3_start, "order": order, "learn": "times"}
+    return Experiment(**{**_arguments(experiment), **changed})
+
+
+def _arguments(experiment: Experiment) -> dict:
+    return {f.name: getattr(experiment, f.name) for f in fields(experiment)}
+
+
+@cache
+def _teacher_and_setup(dataset: str, settings: str) -> zoo.Setup:
+    setup = load(dataset)
+    changed = {f.name: getattr(setup, f.name) for f in fields(setup)}
+    return zoo.Setup(**{**changed, "params": setup.params.override(**json.loads(settings))})
+
+
+def _setup(experiment: Experiment) -> zoo.Setup:
+    """The model with the experiment's settings."""
+    return _teacher_and_setup(experiment.dataset, json.dumps(experiment.settings, sort_keys=True))
+
+
+def _learned(experiment: Experiment, setup, path: Path) -> tuple[Solver, float, list]:
+    """The learned solver, the seconds that took and the history."""
+    solver, learn = start(experiment), LEARN[experiment.learn]
+    if learn is None:
+        return solver, 0.0, []
+    teacher = _teacher_set(setup, experiment.seed, alt=learn is not learn_coefficients)
+    history, best, began = [], solver, time.perf_counter()
+    try:
+        for epoch in learn(solver, setup, teacher, seed=experiment.seed):
+            best = epoch.best
+            history.append(_record(epoch))
+    except (KeyboardInterrupt, LearningDiverged):
+        best.save(path.with_name(f"{path.stem}_best_so_far.json"))
+        raise
+    return best, time.perf_counter() - began, history
+
+
+def _record(epoch) -> dict:
+    solver: TimeGrid = epoch.solver
+    names = ("index", "phase", "train_loss", "valid_loss", "accepted")
+    table = solver.to_dict()
+    return {n: getattr(epoch, n) for n in names} | {n: table[n] for n in ("b", "c", "t", "t_model")}
+
+
+def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:
+    """The pairs to learn from, cached."""
+    p = setup.params
+    n_train, n_valid = (p.n_train_alt, p.n_valid_alt) if alt else (p.n_train, p.n_valid)
+
+    def make() -> dict[str, Tensor]:
+        made = make_teacher_set(setup, n_train, n_valid, seed)
+        return {"x_T": made.x_T, "x_0": made.x_0}
+
+    config = {"n_train": n_train, "n_valid": n_valid, "seed": seed}
+    return TeacherSet(**_cached_tensors(setup, "teacher_set", config, make), n_train=n_train)
+
+
+def _teacher_samples(setup) -> Tensor:
+    """The teacher's samples from the evaluation seeds, cached."""
+
+    def make() -> dict[str, Tensor]:
+        seeds = range(setup.params.fid_samples)
+        return {
+            "x_0": torch.cat([x.cpu() for x in generate(setup.teacher, setup, seeds, "teacher")])
+        }
+
+    config = {"seeds": setup.params.fid_samples}
+    return _cached_tensors(setup, "teacher_samples", config, make)["x_0"]
+
+
+def _cached_tensors(
+    setup, kind: str, config: dict, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    config = {
+        **config,
+        "kind": kind,
+        "teacher": setup.teacher.to_dict(),
+        "checkpoint_sha256": setup.checkpoint_sha256,
+        "version": __version__,
+    }
+    path = _cache_path(setup.name, kind, config, "safetensors")
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except (FileNotFoundError, safetensors.SafetensorError):
+        tensors = make()
+        write_atomically(path, safetensors.torch.save(tensors))
+        return tensors
+
+
+def _cache_path(dataset: str, kind: str, config: dict, suffix: str) -> Path:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    return results_folder() / dataset / f"{kind}_{digest}.{suffix}"
+
+
+def _python() -> str:
+    return f"{platform.python_version()} on {platform.machine()}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one experiment, print its metrics, write its solver file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m s4s_core.experiment",
+        description="Learn a solver, measure it, write it to a JSON file.",
+    )
+    for f in fields(Experiment):
+        if f.name != "settings":
+            parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=_HELP[f.name])
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a setting of params/<dataset>.yaml, e.g. --set epochs=3",
+    )
+    parser.add_argument("--out", metavar="FILE", help="the solver file (default: in results/)")
+    given = vars(parser.parse_args(arguments))
+    try:
+        out, settings = given.pop("out"), dict(_setting(text) for text in given.pop("set"))
+        experiment = Experiment(**given, settings=settings)
+        result = run(experiment)
+        path = Path(out) if out else experiment.path().with_suffix(".solver.json")
+        result.solver.save(path)
+    except (UsageError, LearningDiverged) as error:
+        sys.exit(f"error: {error}")
+    seeds = f"{result.n_samples} samples, seeds 0-{result.n_samples - 1}"
+    print(f"Frechet distance ({result.features}; {seeds})  {result.frechet:.4f}")
+    print(f"distance to the teacher (root mean square)  {result.distance_to_teacher:.4f}")
+    print(f"seconds of learning  {result.seconds:.1f}")
+    print(f"solver  {path}")
+
+
+_HELP = {
+    "dataset": "a file in params/",
+    "grid": f"{', '.join(GRIDS)} or ld3",
+    "solver": ", ".join(SOLVERS),
+    "order": "evaluations a step may use",
+    "nfe": "network calls a sample",
+    "learn": ", ".join(LEARN),
+    "seed": "of the teacher set and of the batches",
+}
+
+
+def _setting(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set takes KEY=VALUE, not {text!r}")
+    return key, zoo.yaml.safe_load(value)
+
+
+if __name__ == "__main__":
+    main()

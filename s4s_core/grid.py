@@ -1,0 +1,163 @@
+"""Time grids: where the network is called (App. G.1), and the grid that can be learned (App. E)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import UsageError, one_of
+from .schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """N + 1 times from T down to t_min; N network calls, one at each of the first N.
+
+    t        (N+1,) float64, strictly decreasing; sets the step sizes
+    t_model  (N+1,) float64, the times told to the network (decoupled steps, App. E.2); t by default
+
+    Raises UsageError unless t falls strictly from schedule.T to schedule.t_min.
+    """
+
+    schedule: NoiseSchedule
+    t: Tensor
+    t_model: Tensor | None = None
+
+    def __post_init__(self):
+        if self.t_model is None:
+            object.__setattr__(self, "t_model", self.t)
+        t, t_model = self.t.detach(), self.t_model.detach()
+        if t.ndim != 1 or len(t) < 2 or t.shape != t_model.shape:
+            raise UsageError(
+                f"a grid needs the same N + 1 >= 2 times in t and t_model, not shapes "
+                f"{tuple(t.shape)} and {tuple(t_model.shape)}"
+            )
+        if not (t.isfinite().all() and t_model.isfinite().all() and (t_model > 0).all()):
+            raise UsageError(f"grid times must be finite and positive, not {t_model.tolist()}")
+        if not (t[1:] < t[:-1]).all():
+            raise UsageError(f"grid times must fall strictly, not {t.tolist()}")
+        ends = torch.tensor([self.schedule.T, self.schedule.t_min], dtype=t.dtype)
+        if not torch.allclose(t[[0, -1]], ends, rtol=1e-9):
+            raise UsageError(
+                f"a grid for {self.schedule} must run from T = {self.schedule.T} to t_min = "
+                f"{self.schedule.t_min}, not from {t[0].item()} to {t[-1].item()}"
+            )
+
+    @property
+    def nfe(self) -> int:
+        """Number of steps N."""
+        return len(self.t) - 1
+
+    @property
+    def lam(self) -> Tensor:
+        """(N+1,) log signal-to-noise coordinate at t, rising."""
+        return self.schedule.lam(self.t)
+
+    @property
+    def s(self) -> Tensor:
+        """(N+1,) noise level sigma / alpha at t, falling."""
+        return self.schedule.s(self.t)
+
+
+def _grid(schedule: NoiseSchedule, nfe: int, times) -> TimeGrid:
+    """Evaluate `times` at n/N, n = 0..N, and pin both ends, which rounding may have moved."""
+    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
+        raise UsageError(f"nfe must be a whole number of at least 1, not {nfe!r}")
+    t = times(torch.arange(nfe + 1, dtype=torch.float64) / nfe)
+    t[0], t[-1] = schedule.T, schedule.t_min
+    return TimeGrid(schedule, t)
+
+
+def time_uniform(schedule: NoiseSchedule, nfe: int) -> TimeGrid:
+    """Uniform in t (App. G.1.1)."""
+    return _grid(schedule, nfe, lambda u: schedule.T + u * (schedule.t_min - schedule.T))
+
+
+def time_quadratic(schedule: NoiseSchedule, nfe: int) -> TimeGrid:
+    """Quadratic in t and dense near t_min.
+
+    The form that Tong et al. (2024) run; the formula printed in App. G.1.1 is dense near T
+    instead and cannot have given the FIDs in its tables.
+    """
+    return _grid(
+        schedule, nfe, lambda u: schedule.t_min + (schedule.T - schedule.t_min) * (1 - u) ** 2
+    )
+
+
+def time_edm(schedule: NoiseSchedule, nfe: int, rho: float = 7.0) -> TimeGrid:
+    """Uniform in s^(1/rho), s = sigma/alpha (Karras et al. 2022, Eq. 5; App. G.1.1)."""
+
+    def times(u: Tensor) -> Tensor:
+        first = schedule.s(schedule.T) ** (1 / rho)
+        last = schedule.s(schedule.t_min) ** (1 / rho)
+        return schedule.t_of_s((first + u * (last - first)) ** rho)
+
+    return _grid(schedule, nfe, times)
+
+
+def time_logsnr(schedule: NoiseSchedule, nfe: int) -> TimeGrid:
+    """Uniform in lam (Lu et al. 2022a; App. G.1.1)."""
+
+    def times(u: Tensor) -> Tensor:
+        first, last = schedule.lam(schedule.T), schedule.lam(schedule.t_min)
+        return schedule.t_of_lam(first + u * (last - first))
+
+    return _grid(schedule, nfe, times)
+
+
+GRIDS = {
+    "uniform": time_uniform,
+    "quadratic": time_quadratic,
+    "edm": time_edm,
+    "logsnr": time_logsnr,
+}
+
+VARIABLES = ("lam", "t")
+
+
+@dataclass(frozen=True)
+class LearnedGrid:
+    """The learnable time steps Xi = {xi, xi_c} of App. E.
+
+    xi    (N+1,) float64: softmax of xi, summed from the end and rescaled, gives the grid (E.1)
+    xi_c  (N+1,) float64: offsets of the network's times, both ends fixed, the others bounded by
+          `offset_fraction` times the smallest gap (E.2)
+
+    `variable` is what the rescaling is linear in: "lam" (Tong et al. 2024 for pixel models) or
+    "t" (as App. E prints it).
+    """
+
+    schedule: NoiseSchedule
+    xi: Tensor
+    xi_c: Tensor
+    variable: str = "lam"
+    offset_fraction: float = 0.5
+
+    @classmethod
+    def start_at(
+        cls, grid: TimeGrid, variable: str = "lam", offset_fraction: float = 0.5
+    ) -> "LearnedGrid":
+        """The parameters whose `grid()` is the given grid; xi = 0 if it is uniform."""
+        one_of("grid variable", variable, VARIABLES)
+        to_variable = grid.schedule.lam if variable == "lam" else (lambda t: t)
+        u = to_variable(grid.t)
+        gaps = u.diff().abs()
+        # The rescaling cancels the last entry of softmax(xi); 0 keeps it out of the way.
+        xi = torch.cat([(gaps / gaps.mean()).log(), gaps.new_zeros(1)])
+        return cls(grid.schedule, xi, to_variable(grid.t_model) - u, variable, offset_fraction)
+
+    def grid(self) -> TimeGrid:
+        """The grid, differentiable in xi and xi_c."""
+        if self.variable == "lam":
+            first, last = self.schedule.lam(self.schedule.T), self.schedule.lam(self.schedule.t_min)
+            to_time = self.schedule.t_of_lam
+        else:
+            first, last = torch.tensor([self.schedule.T, self.schedule.t_min], dtype=self.xi.dtype)
+            to_time = lambda u: u  # noqa: E731
+        increments = self.xi.softmax(0)[:-1]
+        tau = torch.cat([increments.flip(0).cumsum(0).flip(0), increments.new_zeros(1)])
+        u = last + tau / tau[0] * (first - last)
+        bound = self.offset_fraction * u.detach().diff().abs().min()
+        offset = self.xi_c[1:-1].clamp(-bound, bound)
+        u_model = torch.cat([u[:1], u[1:-1] + offset, u[-1:]])
+        return TimeGrid(self.schedule, to_time(u), to_time(u_model))

@@ -1,0 +1,274 @@
+"""Solving for the solver: Algorithms 1-3 and LD3 are one loop over blocks of parameters.
+
+    learn_coefficients  S4S, Alg. 1          step phi
+    learn_times         LD3 (Tong et al.)    step Xi
+    learn_alternating   S4S-Alt, Alg. 2      a phase of phi, a phase of Xi, K times
+    learn_jointly       Alg. 3               step both at once
+
+Each is a generator that yields one `Epoch` after each pass over the training pairs. Settings are
+the setup's (params/<dataset>.yaml) unless given by name.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import UsageError, progress
+from .grid import LearnedGrid
+from .model import rematerialized
+from .objective import l2, lpips_distance, project_to_ball, radius, relaxed_loss
+from .solver import Coefficients, Solver, count_parameters
+from .teacher import TeacherSet
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The state after one pass; epoch 0 is the state before the first.
+
+    train_loss  mean distance at x'_T over the pass; valid_loss  mean distance at x'_T = x_T, which
+    is what sampling will use; accepted  fraction of the x'_T that moved
+    solver      as it stands; best  the one of the smallest valid_loss so far
+    """
+
+    index: int
+    phase: str
+    train_loss: float
+    valid_loss: float
+    accepted: float
+    solver: Solver
+    best: Solver
+
+
+class LearningDiverged(ArithmeticError):
+    """A loss or gradient was not finite; `.best` is the best solver until then."""
+
+    def __init__(self, message: str, best: Solver):
+        super().__init__(message)
+        self.best = best
+
+
+def learn_coefficients(solver: Solver, setup, teacher: TeacherSet, seed: int = 0, **settings):
+    """S4S (Alg. 1): learn the coefficients of `solver` on its own grid.
+
+    Yields `Epoch`s. `seed` orders the batches; `settings` replace fields of setup.params by name
+    (epochs, batch_size, lr_phi, gamma, distance, ...). Raises UsageError for a setting or a
+    solver that does not fit the setup, LearningDiverged where a loss is not finite.
+    """
+    params = setup.params.override(**settings)
+    yield from _learn(solver, setup, teacher, params, [("phi", params.epochs)], seed)
+
+
+def learn_times(solver: Solver, setup, teacher: TeacherSet, seed: int = 0, **settings):
+    """LD3 (Tong et al. 2024): learn the time steps Xi, coefficients fixed; see learn_coefficients."""
+    params = _as_alt(setup.params.override(**settings))
+    yield from _learn(solver, setup, teacher, params, [("xi", params.epochs)], seed)
+
+
+def learn_alternating(solver: Solver, setup, teacher: TeacherSet, seed: int = 0, **settings):
+    """S4S-Alt (Alg. 2): `rounds` times a phase for the coefficients and one for the time steps.
+
+    Start it at an LD3 grid (`learn_times`), as Sec. 4 does; see learn_coefficients.
+    """
+    params = _as_alt(setup.params.override(**settings))
+    blocks = ("phi", "xi") if params.first_phase == "phi" else ("xi", "phi")
+    phases = [(block, params.phase_epochs) for _ in range(params.rounds) for block in blocks]
+    yield from _learn(solver, setup, teacher, params, phases, seed)
+
+
+def learn_jointly(solver: Solver, setup, teacher: TeacherSet, seed: int = 0, **settings):
+    """Alg. 3: both blocks at once, for as many passes as learn_alternating makes."""
+    params = _as_alt(setup.params.override(**settings))
+    epochs = 2 * params.rounds * params.phase_epochs
+    yield from _learn(solver, setup, teacher, params, [("phi+xi", epochs)], seed)
+
+
+def _as_alt(params):
+    """Learning times goes with the larger batch (App. G.2)."""
+    return params.override(batch_size=params.batch_size_alt)
+
+
+def make_distance(params, device="cpu"):
+    """The distance d of Eq. 6 that `params` name."""
+    if params.distance == "l2":
+        return l2
+    return lpips_distance(params.lpips_net, params.lpips_resize, device)
+
+
+class _Student:
+    """The learnable numbers: tables b and c (or the rows they share), and Xi."""
+
+    def __init__(self, solver: Solver, params):
+        table, self.start = solver.coefficients, solver
+        N, k = table.b.shape
+        # With time_dependent=False the rows of full memory share one (Table 9, "Glob.").
+        last = N - 1 if params.time_dependent else k - 1
+        self.rows = torch.arange(N).clamp_max(last)
+
+        def unique(rows: Tensor) -> Tensor:
+            return torch.cat([rows[:last], rows[last:].mean(0, keepdim=True)]).clone()
+
+        self.b = unique(table.b)
+        # The last corrector row is never used, so it does not take part in the mean.
+        self.c = None if table.c is None else unique(table.c)
+        self.grid = LearnedGrid.start_at(solver.grid, params.grid_variable, params.offset_fraction)
+        self.times_moved = False
+
+    def blocks(self) -> dict[str, list[Tensor]]:
+        phi = [self.b] if self.c is None else [self.b, self.c]
+        return {"phi": phi, "xi": [self.grid.xi], "xi_c": [self.grid.xi_c]}
+
+    def coefficients(self) -> Coefficients:
+        c = None if self.c is None else self.c[self.rows]
+        return Coefficients(self.b[self.rows], c, self.start.coefficients.prediction)
+
+    def times(self):
+        # Until a time step has moved the grid is the given one, to the last bit.
+        return self.grid.grid() if self.times_moved else self.start.grid
+
+    def solver(self) -> Solver:
+        with torch.no_grad():
+            return Solver(self.coefficients(), self.times(), self.start.provenance)
+
+    def snapshot(self) -> list[Tensor]:
+        return [p.detach().clone() for block in self.blocks().values() for p in block]
+
+    def begin(self, active: list[str], state: list[Tensor]) -> None:
+        """Return to a snapshot and let only the active blocks be learned."""
+        self.times_moved |= "xi" in active
+        values = iter(state)
+        with torch.no_grad():
+            for name, parameters in self.blocks().items():
+                for p in parameters:
+                    p.copy_(next(values)).requires_grad_(name in active)
+
+
+def _learn(
+    solver: Solver, setup, teacher: TeacherSet, params, phases: list[tuple[str, int]], seed: int
+) -> Iterator[Epoch]:
+    """The one loop: `phases` lists which blocks step, and for how many passes."""
+    if solver.grid.schedule != setup.schedule:
+        raise UsageError(
+            f"the solver is made for {solver.grid.schedule}, the model for {setup.schedule}: build "
+            "the solver's grid on setup.schedule"
+        )
+    if teacher.x_T.shape[1:] != tuple(setup.shape):
+        raise UsageError(
+            f"the teacher set has samples of shape {tuple(teacher.x_T.shape[1:])}, the model of "
+            f"{tuple(setup.shape)}: make it with make_teacher_set(setup)"
+        )
+    denoiser, device = setup.denoiser, setup.device
+    if params.rematerialize:
+        denoiser = rematerialized(denoiser)
+    distance = make_distance(params, device)
+    student = _Student(solver, params)
+    optimisers = _optimisers(student, params)
+    m = count_parameters(solver.coefficients, params.time_dependent)
+    sigma_T = setup.schedule.sigma(setup.schedule.T).item()
+    r = radius(params.gamma, math.prod(setup.shape), m) * sigma_T
+    # A rate for x'_T in unit noise is sigma_T^2 times as much in the units of x.
+    lr_x = params.lr_x / solver.nfe * sigma_T**2
+    x_T, x_0 = (x.to(device) for x in teacher.train)
+    x_relaxed = x_T.clone()  # x'_T, kept from epoch to epoch and from phase to phase (Alg. 2)
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def mean_loss(pairs: tuple[Tensor, Tensor]) -> float:
+        now, batches = student.solver(), zip(*(x.split(params.sample_batch_size) for x in pairs))
+        losses = [
+            relaxed_loss(denoiser, now.coefficients, now.grid, x.to(device), y.to(device), distance)
+            for x, y in batches
+        ]
+        return torch.cat(losses).mean().item()
+
+    def step(batch: Tensor, active: list[str]) -> tuple[Tensor, Tensor]:
+        """One gradient step of the active blocks and of the batch's x'_T; losses, and who moved."""
+        start = x_relaxed[batch].requires_grad_(r > 0)
+        loss = relaxed_loss(
+            denoiser, student.coefficients(), student.times(), start, x_0[batch], distance
+        )
+        loss.mean().backward()
+        for block in active:
+            norm = torch.nn.utils.clip_grad_norm_(student.blocks()[block], params.grad_clip)
+            if not (norm.isfinite() and loss.isfinite().all()):
+                raise LearningDiverged(_diverged(phase), best)
+            optimisers[block].step()
+        if r == 0:
+            return loss.detach(), torch.zeros(len(batch))
+        with torch.no_grad():
+            # The gradient of the batch's sum, so that its size does not change a sample's step.
+            moved = start - lr_x * len(batch) * start.grad
+            moved = project_to_ball(moved, x_T[batch], r)
+            if params.accept_if_better:
+                now = student.solver()
+                again = relaxed_loss(
+                    denoiser, now.coefficients, now.grid, moved, x_0[batch], distance
+                )
+                better = (again < loss).view(-1, *[1] * (moved.ndim - 1))
+                moved = torch.where(better, moved, start)
+            x_relaxed[batch] = moved
+            return loss.detach(), (moved != start).flatten(1).any(1).double().cpu()
+
+    best_loss = mean_loss(teacher.valid)
+    best, best_state = student.solver(), student.snapshot()
+    if not math.isfinite(best_loss):
+        raise LearningDiverged(_diverged("start"), best)
+    yield Epoch(0, "start", mean_loss(teacher.train), best_loss, 0.0, best, best)
+
+    index, steps = 0, math.ceil(len(x_T) / params.batch_size)
+    with progress(total=steps * sum(epochs for _, epochs in phases), desc="learning") as bar:
+        for number, (phase, epochs) in enumerate(phases):
+            active = _BLOCKS[phase]
+            student.begin(active, best_state)
+            # Later rounds start at a smaller peak; each phase falls to 1 % of its peak.
+            peak = params.peak_decay ** (number // 2)
+            for epoch in range(epochs):
+                losses, moves = [], []
+                order = torch.randperm(len(x_T), generator=generator).split(params.batch_size)
+                for i, batch in enumerate(order):
+                    done = (epoch + i / steps) / epochs
+                    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+                    for block in active:
+                        optimisers[block].zero_grad()
+                        for group in optimisers[block].param_groups:
+                            group["lr"] = group["initial_lr"] * peak * cosine
+                    loss, moved = step(batch, active)
+                    losses.append(loss)
+                    moves.append(moved)
+                    bar.update()
+                index += 1
+                valid_loss = mean_loss(teacher.valid)
+                if not math.isfinite(valid_loss):
+                    raise LearningDiverged(_diverged(phase), best)
+                now = student.solver()
+                if valid_loss < best_loss:
+                    best_loss, best, best_state = valid_loss, now, student.snapshot()
+                train_loss, accepted = torch.cat(losses).mean(), torch.cat(moves).mean()
+                bar.set_postfix(valid=f"{valid_loss:.3g}")
+                yield Epoch(index, phase, train_loss.item(), valid_loss, accepted.item(), now, best)
+
+
+_BLOCKS = {"phi": ["phi"], "xi": ["xi", "xi_c"], "phi+xi": ["phi", "xi", "xi_c"]}
+
+
+def _diverged(phase: str) -> str:
+    return (
+        f"the loss or its gradient is not finite in phase {phase!r}: lower lr_phi or lr_xi, or "
+        "start from another solver; the best solver until then is this error's .best"
+    )
+
+
+def _optimisers(student: _Student, params) -> dict[str, torch.optim.Optimizer]:
+    """Adam for phi; for Xi the optimisers of Tong et al. (2024)."""
+    blocks, N = student.blocks(), student.start.nfe
+    optimisers = {
+        "phi": torch.optim.Adam(blocks["phi"], lr=params.lr_phi),
+        "xi": torch.optim.RMSprop(blocks["xi"], lr=params.lr_xi, momentum=0.9),
+        "xi_c": torch.optim.SGD(blocks["xi_c"], lr=params.lr_xi_c / N),
+    }
+    for optimiser in optimisers.values():
+        for group in optimiser.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimisers

@@ -1,0 +1,116 @@
+"""Any network becomes a denoiser: D(x, t) -> an estimate of x_0, like x.
+
+t is a float64 scalar tensor on the CPU (its gradient reaches the decoupled times). A denoiser may
+carry its `schedule`, and then solvers made for another one refuse it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .schedule import NoiseSchedule
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Denoiser:
+    """A function with the noise schedule that it belongs to."""
+
+    def __init__(self, function: Denoiser, schedule: NoiseSchedule | None):
+        self.function = function
+        if schedule is not None:
+            self.schedule = schedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.function(x, t)
+
+
+def _times(t: Tensor, x: Tensor) -> Tensor:
+    """(B,) copies of t, as networks expect them."""
+    return torch.as_tensor(t).to(x.device, non_blocking=True).expand(len(x))
+
+
+def from_denoiser(network, schedule: NoiseSchedule) -> Denoiser:
+    """A denoiser from network(x, t (B,)) -> x_0."""
+    return _Denoiser(lambda x, t: network(x, _times(t, x)), schedule)
+
+
+def from_noise_prediction(network, schedule: NoiseSchedule) -> Denoiser:
+    """A denoiser from network(x, t (B,)) -> eps: D = (x - sigma eps) / alpha."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return (x - schedule.sigma(t) * network(x, _times(t, x))) / schedule.alpha(t)
+
+    return _Denoiser(denoise, schedule)
+
+
+def rematerialized(denoiser: Denoiser) -> Denoiser:
+    """The same denoiser, whose activations are computed again in the backward pass (App. F.2).
+
+    Memory then holds one call's activations and the states, whatever N is, for one more forward
+    pass in each backward.
+    """
+    return _Denoiser(
+        lambda x, t: checkpoint(denoiser, x, t, use_reentrant=False),
+        getattr(denoiser, "schedule", None),
+    )
+
+
+class count_calls(_Denoiser):
+    """The same denoiser, counting its calls in `.calls`."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__(denoiser, getattr(denoiser, "schedule", None))
+        self.calls = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return super().__call__(x, t)
+
+
+class GaussianMixture:
+    """sum_k weights[k] N(means[k], stds[k]^2 I): data whose denoiser and density are exact.
+
+    weights (K,), means (K, d), stds (K,). x_t is a mixture too, of variances
+    alpha^2 stds^2 + sigma^2, so D(x, t) = E[x_0 | x_t] has a closed form.
+    """
+
+    def __init__(self, weights, means, stds, schedule: NoiseSchedule):
+        self.weights, self.means, self.stds = (
+            torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, stds)
+        )
+        self.weights = self.weights / self.weights.sum()
+        self.schedule = schedule
+
+    def _log_joint(self, y: Tensor, s: Tensor) -> Tensor:
+        """ln weights[k] + ln N(y; means[k], (stds[k]^2 + s^2) I) in y = x / alpha: (B, K)."""
+        variance = self.stds**2 + s**2
+        d = self.means.shape[1]
+        squared = (y[:, None] - self.means).square().sum(-1)
+        log_normal = -squared / (2 * variance) - d / 2 * (2 * torch.pi * variance).log()
+        return self.weights.log() + log_normal
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[x_0 | x_t = x] for x (B, d)."""
+        y, s = x / self.schedule.alpha(t), self.schedule.s(t)
+        posterior = self._log_joint(y, s).softmax(1)[..., None]
+        shrink = (self.stds**2 / (self.stds**2 + s**2))[:, None]
+        return (posterior * (self.means + shrink * (y[:, None] - self.means))).sum(1)
+
+    def log_prob(self, x: Tensor, t=None) -> Tensor:
+        """ln density of x_t at x, (B, d) -> (B,); of the data for t=None."""
+        if t is None:
+            return self._log_joint(x, torch.zeros((), dtype=x.dtype)).logsumexp(1)
+        alpha = self.schedule.alpha(t)
+        return (
+            self._log_joint(x / alpha, self.schedule.s(t)).logsumexp(1) - x.shape[1] * alpha.log()
+        )
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """n draws of the data, (n, d) float64."""
+        generator = torch.Generator().manual_seed(seed)
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means[k] + self.stds[k, None] * z

@@ -1,0 +1,101 @@
+"""What is minimised: the distance to the teacher's end point, with a little freedom in x_T."""
+
+from collections.abc import Callable
+from urllib.error import URLError
+
+import torch
+from torch import Tensor
+
+from .base import UsageError, one_of
+from .grid import TimeGrid
+from .solver import Coefficients, trajectory
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def l2(x: Tensor, target: Tensor) -> Tensor:
+    """Squared difference, averaged over entries: (B, ...) twice -> (B,)."""
+    return (x - target).square().flatten(1).mean(1)
+
+
+# The smallest side that each trunk's strides and pools leave something of.
+SMALLEST_SIDE = {"vgg": 16, "squeeze": 17, "alex": 31}
+
+
+def lpips_distance(net: str = "vgg", resize: int | None = None, device="cpu") -> Distance:
+    """LPIPS v0.1 (Zhang et al. 2018) as a distance between (B, C, H, W) images in [-1, 1].
+
+    `resize` enlarges both images bilinearly first, for models too small for the trunk; one
+    channel is repeated to three. The trunk's ImageNet weights come from torchvision's cache
+    ($TORCH_HOME/hub/checkpoints). Raises UsageError if they cannot be had, if the `lpips` extra
+    is missing, or for images smaller than the trunk allows.
+    """
+    one_of("LPIPS network", net, SMALLEST_SIDE)
+    try:
+        import lpips
+    except ImportError:
+        raise UsageError(
+            "the LPIPS distance needs the lpips package: pip install lpips torchvision, "
+            "or set distance to l2"
+        ) from None
+    try:
+        metric = lpips.LPIPS(net=net, verbose=False).to(device).requires_grad_(False).eval()
+    except URLError as error:
+        raise UsageError(
+            f"the LPIPS trunk {net!r} could not be downloaded ({error.reason}): put torchvision's "
+            f"file into {torch.hub.get_dir()}/checkpoints by hand, or set distance to l2"
+        ) from None
+
+    def distance(x: Tensor, target: Tensor) -> Tensor:
+        side = resize or min(x.shape[-2:])
+        if x.ndim != 4 or side < SMALLEST_SIDE[net]:
+            raise UsageError(
+                f"LPIPS {net!r} needs images of at least {SMALLEST_SIDE[net]} pixels a side, "
+                f"not {tuple(x.shape[1:])}: give lpips_resize, another lpips_net, or distance l2"
+            )
+
+        def prepare(image: Tensor) -> Tensor:
+            image = image.float().expand(-1, 3, -1, -1)
+            if resize is None:
+                return image
+            return torch.nn.functional.interpolate(image, size=(resize, resize), mode="bilinear")
+
+        return metric(prepare(x), prepare(target)).flatten().to(x.dtype)
+
+    return distance
+
+
+def radius(gamma: float, d: int, m: int) -> float:
+    """r = gamma d m^(-5/2) in units of sigma_T, for d entries of x_T and m coefficients (G.2).
+
+    The paper gives the exponent; gamma = 0.0242 makes r equal that of Tong et al. (2024) at
+    k = 3, N = 6.
+    """
+    return gamma * d * m**-2.5
+
+
+def project_to_ball(x: Tensor, center: Tensor, r: float) -> Tensor:
+    """The nearest point to x within distance r of `center`, per sample (the constraint of Eq. 7).
+
+    All in the units of x: for B_r(x_T) give r * sigma_T.
+    """
+    offset = x - center
+    length = offset.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    return center + offset * (r / length).clamp_max(1).view(-1, *[1] * (x.ndim - 1))
+
+
+def relaxed_loss(
+    denoiser,
+    coefficients: Coefficients,
+    grid: TimeGrid,
+    x_T_relaxed: Tensor,
+    x_0: Tensor,
+    distance: Distance = l2,
+) -> Tensor:
+    """d(Psi(x'_T), Psi*(x_T)) per sample, (B,) (Eq. 9); Eq. 6 at x'_T = x_T.
+
+    Differentiable in the coefficients, the grid and x'_T.
+    """
+    for x in trajectory(denoiser, x_T_relaxed, coefficients, grid):
+        pass
+    return distance(x, x_0)

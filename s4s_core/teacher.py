@@ -1,0 +1,82 @@
+"""The data-free data set: noise, and where an accurate solver takes it (Alg. 1, line 1)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import UsageError, progress
+from .solver import Solver
+
+# Evaluation uses seeds from 0; every teacher set draws from its own million above them.
+SEEDS_PER_SET = 1_000_000
+
+
+def initial_noise(setup, seeds: Iterable[int]) -> Tensor:
+    """x_T ~ N(0, sigma(T)^2 I), (len(seeds), *setup.shape) float64 on the setup's device.
+
+    Each sample comes from a generator of its own on the CPU, so a seed gives the same noise in
+    any batch and on any device (Karras et al. 2022).
+    """
+    draws = [
+        torch.randn(setup.shape, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+        for s in seeds
+    ]
+    if not draws:
+        raise UsageError("initial_noise needs at least one seed")
+    return setup.schedule.sigma(setup.schedule.T).item() * torch.stack(draws).to(setup.device)
+
+
+def generate(solver: Solver, setup, seeds: Iterable[int], label: str = "sampling"):
+    """Yield batches of samples (B, *setup.shape), in the order of the seeds, with a progress bar."""
+    seeds, size = list(seeds), setup.params.sample_batch_size
+    batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+    for batch in progress(batches, desc=label):
+        yield solver.sample(setup.denoiser, initial_noise(setup, batch))
+
+
+@dataclass(frozen=True)
+class TeacherSet:
+    """Pairs (x_T, x_0 = Psi*(x_T)), each (n, *shape) on the CPU; the first n_train are to learn from.
+
+    The relaxed starts x'_T of Eq. 7 belong to a learning run, which begins them at x_T, so a set
+    can be used again.
+    """
+
+    x_T: Tensor
+    x_0: Tensor
+    n_train: int
+
+    @property
+    def train(self) -> tuple[Tensor, Tensor]:
+        """The pairs to learn from."""
+        return self.x_T[: self.n_train], self.x_0[: self.n_train]
+
+    @property
+    def valid(self) -> tuple[Tensor, Tensor]:
+        """The pairs that choose the best solver."""
+        return self.x_T[self.n_train :], self.x_0[self.n_train :]
+
+
+def make_teacher_set(
+    setup, n_train: int | None = None, n_valid: int | None = None, seed: int = 0
+) -> TeacherSet:
+    """Solve n_train + n_valid noises with the setup's teacher solver.
+
+    Sizes are the setup's (params/) unless given. Sets of different `seed` share no noise, with
+    each other or with seeds below a million.
+    """
+    n_train = setup.params.n_train if n_train is None else n_train
+    n_valid = setup.params.n_valid if n_valid is None else n_valid
+    if min(n_train, n_valid) < 1 or n_train + n_valid > SEEDS_PER_SET:
+        raise UsageError(
+            f"n_train and n_valid must be at least 1 and together at most {SEEDS_PER_SET}, "
+            f"not {n_train} and {n_valid}"
+        )
+    if not 0 <= seed < 1000:
+        raise UsageError(f"the seed of a teacher set must be 0 to 999, not {seed}")
+    first = SEEDS_PER_SET * (seed + 1)
+    seeds = range(first, first + n_train + n_valid)
+    x_0 = torch.cat([x.cpu() for x in generate(setup.teacher, setup, seeds, "teacher set")])
+    return TeacherSet(initial_noise(setup, seeds).cpu(), x_0, n_train)

@@ -1,0 +1,252 @@
+"""Models by name: `load("digits")` gives a denoiser, its schedule and its settings."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from .base import UsageError, one_of
+from .evaluate import FeatureSums, feature_sums
+from .grid import GRIDS, VARIABLES
+from .model import Denoiser, GaussianMixture, from_denoiser
+from .networks import digits_data, load_network
+from .objective import SMALLEST_SIDE
+from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
+from .solver import SOLVERS, Solver
+
+PACKAGE = Path(__file__).parent
+WEIGHTS = PACKAGE / "weights"
+# Beside the package in a checkout, inside it once installed from a wheel.
+PARAMS = next(p for p in (PACKAGE.parent / "params", PACKAGE / "params") if p.is_dir())
+
+NAMED_SCHEDULES = {
+    "EDM": EDM(),
+    "VPLinear": VPLinear(),
+    "LDM": VPDiscrete.ldm(),
+    "StableDiffusion": VPDiscrete(),
+    "RectifiedFlow": RectifiedFlow(),
+}
+
+
+@dataclass(frozen=True)
+class Params:
+    """The settings of params/<dataset>.yaml; units and sources stand there, beside each value.
+
+    Raises UsageError, naming the key, for a value of another type or out of range.
+    """
+
+    schedule: str
+    shape: list
+    checkpoint: str = ""
+    teacher_solver: str = "unipc"
+    teacher_order: int = 3
+    teacher_grid: str = "logsnr"
+    teacher_nfe: int = 20
+    unipc_variant: str = "bh1"
+    n_train: int = 700
+    n_valid: int = 200
+    n_train_alt: int = 1400
+    n_valid_alt: int = 400
+    batch_size: int = 20
+    batch_size_alt: int = 40
+    epochs: int = 10
+    rounds: int = 8
+    phase_epochs: int = 2
+    first_phase: str = "phi"
+    distance: str = "lpips"
+    lpips_net: str = "vgg"
+    lpips_resize: int = 0
+    gamma: float = 0.0242
+    accept_if_better: bool = True
+    lr_phi: float = 1e-2
+    lr_xi: float = 5e-3
+    lr_xi_c: float = 0.1
+    lr_x: float = 6.0
+    grad_clip: float = 1.0
+    peak_decay: float = 0.8
+    time_dependent: bool = True
+    grid_variable: str = "lam"
+    offset_fraction: float = 0.5
+    ld3_order: int = 3
+    ld3_start: str = "logsnr"
+    rematerialize: bool = False
+    fid_samples: int = 50000
+    sample_batch_size: int = 100
+    nfes: list = ()
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif field.type is list and type(value) is tuple:
+                object.__setattr__(self, field.name, list(value))
+            elif type(value) is not field.type:
+                raise UsageError(_wrong_type(field.name, field.type, value))
+        for key, allowed in _CHOICES.items():
+            one_of(key, getattr(self, key), allowed)
+        for key in ("shape", "nfes"):
+            if not all(type(n) is int and n > 0 for n in getattr(self, key)):
+                raise UsageError(
+                    f"{key} must list positive whole numbers, not {getattr(self, key)}"
+                )
+        for field in fields(self):
+            value, lowest = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1e-300
+            if field.type in (int, float) and not lowest <= value < float("inf"):
+                raise UsageError(f"{field.name} must be positive and finite, not {value}")
+
+    def override(self, **settings) -> "Params":
+        """A copy with some settings replaced; None leaves one as it is."""
+        for key in settings:
+            one_of("setting", key, {f.name for f in fields(self)})
+        return replace(self, **{k: v for k, v in settings.items() if v is not None})
+
+
+_CHOICES = {
+    "schedule": NAMED_SCHEDULES,
+    "teacher_solver": SOLVERS,
+    "teacher_grid": GRIDS,
+    "unipc_variant": ("bh1", "bh2"),
+    "first_phase": ("phi", "xi"),
+    "distance": ("l2", "lpips"),
+    "lpips_net": SMALLEST_SIDE,
+    "grid_variable": VARIABLES,
+    "ld3_start": GRIDS,
+}
+_MAY_BE_ZERO = {"gamma", "lr_x", "lr_xi_c", "lpips_resize", "offset_fraction"}
+
+
+def _wrong_type(key: str, expected: type, value) -> str:
+    sentence = f"{key} must be of type {expected.__name__}, not {value!r}"
+    if isinstance(value, str) and expected in (int, float):
+        try:
+            number = float(value)
+        except ValueError:
+            return sentence
+        # YAML 1.1 reads 1e-4, without a point, as text.
+        return f"{sentence}: write it as a number with a decimal point, {number:.1e}"
+    return sentence
+
+
+def datasets() -> list[str]:
+    """The names that `load` takes."""
+    return sorted(p.stem for p in PARAMS.glob("*.yaml"))
+
+
+def load_params(dataset: str) -> Params:
+    """Read and check params/<dataset>.yaml; UsageError names the file and the key at fault."""
+    one_of("dataset", dataset, datasets())
+    return read_params(PARAMS / f"{dataset}.yaml")
+
+
+def read_params(path) -> Params:
+    """Read and check one YAML file of settings."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} is not readable YAML ({error})") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} must be a YAML mapping from keys to values")
+    try:
+        for key in settings:
+            one_of("key", key, {f.name for f in fields(Params)})
+        return Params(**settings)
+    except TypeError:
+        raise UsageError(f"{path} lacks schedule or shape") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and all that learning a solver for it needs.
+
+    denoiser   D(x, t) -> x_0 estimate; schedule, shape (of one sample), params  as they say
+    features   x -> (B, F) for the Frechet distance, and its name
+    data       () -> real samples (n, *shape), the other side of that distance
+    checkpoint_sha256  of the weights' file, "" for closed forms
+    """
+
+    name: str
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    shape: tuple[int, ...]
+    params: Params
+    features: Callable[[Tensor], Tensor]
+    features_name: str
+    data: Callable[[], Tensor]
+    checkpoint_sha256: str = ""
+    device: str = "cpu"
+
+    @cached_property
+    def teacher(self) -> Solver:
+        """The accurate solver that `params` name (Psi* of Alg. 1)."""
+        p = self.params
+        grid = GRIDS[p.teacher_grid](self.schedule, p.teacher_nfe)
+        return Solver(published(p.teacher_solver, grid, p.teacher_order, p), grid)
+
+    @cached_property
+    def reference(self) -> FeatureSums:
+        """Feature sums of the real data."""
+        return feature_sums(self.features, self.data().to(self.device).split(1000))
+
+
+def published(name: str, grid, order: int, params: Params):
+    """The table of a published solver, in the variant that `params` name."""
+    options = {"variant": params.unipc_variant} if name == "unipc" else {}
+    return one_of("solver", name, SOLVERS)(grid, order, **options)
+
+
+def load(dataset: str = "digits", device: str | None = None) -> Setup:
+    """The setup of a dataset in params/, on `device` (the GPU if there is one).
+
+    Raises UsageError for an unknown dataset, listing those there are.
+    """
+    params = load_params(dataset)
+    build = one_of("dataset", dataset, _BUILDERS)
+    return build(params, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _mixture(params: Params, device: str) -> Setup:
+    """Eight Gaussians on a ring, unevenly weighted, for the lessons; exact, and on the CPU."""
+    angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
+    means = torch.stack([angle.cos(), angle.sin()], 1)
+    stds = torch.tensor([0.05, 0.1] * 4)
+    mixture = GaussianMixture(torch.arange(1.0, 9.0), means, stds, NAMED_SCHEDULES[params.schedule])
+    return Setup(
+        "mixture",
+        mixture,
+        mixture.schedule,
+        tuple(params.shape),
+        params,
+        features=lambda x: x,
+        features_name="the plane itself",
+        data=lambda: mixture.sample(params.fid_samples, seed=0),
+    )
+
+
+def _digits(params: Params, device: str) -> Setup:
+    path = WEIGHTS / params.checkpoint
+    network = load_network(path).to(device)
+    classifier = load_network(WEIGHTS / "digits_classifier.safetensors").to(device)
+    schedule = NAMED_SCHEDULES[params.schedule]
+    return Setup(
+        "digits",
+        from_denoiser(network, schedule),
+        schedule,
+        tuple(params.shape),
+        params,
+        features=lambda x: classifier.features(x.float()),
+        features_name="digits classifier, 64 features",
+        data=lambda: digits_data()[0],
+        checkpoint_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        device=device,
+    )
+
+
+_BUILDERS = {"mixture": _mixture, "digits": _digits}
