@@ -26,7 +26,7 @@ from torch import Tensor
 from . import __version__, zoo
 from .base import UsageError, one_of, write_atomically
 from .evaluate import feature_sums, frechet_distance
-from .grid import GRIDS, TimeGrid
+from .grid import GRIDS
 from .learn import (
     LearningDiverged,
     learn_alternating,
@@ -242,9 +242,8 @@ def _learned(experiment: Experiment, setup, path: Path) -> tuple[Solver, float, 
 
 
 def _record(epoch) -> dict:
-    solver: TimeGrid = epoch.solver
     names = ("index", "phase", "train_loss", "valid_loss", "accepted")
-    table = solver.to_dict()
+    table = epoch.solver.to_dict()
     return {n: getattr(epoch, n) for n in names} | {n: table[n] for n in ("b", "c", "t", "t_model")}
 
 
@@ -265,10 +264,8 @@ def _teacher_samples(setup) -> Tensor:
     """The teacher's samples from the evaluation seeds, cached."""
 
     def make() -> dict[str, Tensor]:
-        seeds = range(setup.params.fid_samples)
-        return {
-            "x_0": torch.cat([x.cpu() for x in generate(setup.teacher, setup, seeds, "teacher")])
-        }
+        batches = generate(setup.teacher, setup, range(setup.params.fid_samples), "teacher")
+        return {"x_0": torch.cat([x.cpu() for x in batches])}
 
     config = {"seeds": setup.params.fid_samples}
     return _cached_tensors(setup, "teacher_samples", config, make)["x_0"]

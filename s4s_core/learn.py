@@ -62,7 +62,7 @@ def learn_coefficients(solver: Solver, setup, teacher: TeacherSet, seed: int = 0
 
 
 def learn_times(solver: Solver, setup, teacher: TeacherSet, seed: int = 0, **settings):
-    """LD3 (Tong et al. 2024): learn the time steps Xi, coefficients fixed; see learn_coefficients."""
+    """LD3 (Tong et al. 2024): learn the time steps Xi alone; see learn_coefficients."""
     params = _as_alt(setup.params.override(**settings))
     yield from _learn(solver, setup, teacher, params, [("xi", params.epochs)], seed)
 
@@ -176,10 +176,11 @@ def _learn(
 
     @torch.no_grad()
     def mean_loss(pairs: tuple[Tensor, Tensor]) -> float:
-        now, batches = student.solver(), zip(*(x.split(params.sample_batch_size) for x in pairs))
+        now, size = student.solver(), params.sample_batch_size
+        batches = zip(*(x.to(device).split(size) for x in pairs), strict=True)
         losses = [
-            relaxed_loss(denoiser, now.coefficients, now.grid, x.to(device), y.to(device), distance)
-            for x, y in batches
+            relaxed_loss(denoiser, now.coefficients, now.grid, *batch, distance)
+            for batch in batches
         ]
         return torch.cat(losses).mean().item()
 

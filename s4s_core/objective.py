@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import UsageError, one_of
 from .grid import TimeGrid
-from .solver import Coefficients, trajectory
+from .solver import Coefficients, solve
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -96,6 +96,4 @@ def relaxed_loss(
 
     Differentiable in the coefficients, the grid and x'_T.
     """
-    for x in trajectory(denoiser, x_T_relaxed, coefficients, grid):
-        pass
-    return distance(x, x_0)
+    return distance(solve(denoiser, x_T_relaxed, coefficients, grid), x_0)

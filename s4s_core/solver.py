@@ -11,6 +11,7 @@ learning one is `requires_grad` on the table.
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -301,6 +302,7 @@ def trajectory(
 
     evaluations: list[Tensor] = []  # newest first
     x, y = x_T, x_T / alpha[0]
+    y_before = y
     yield x
     for i in range(grid.nfe):
         evaluation = denoiser(x, grid.t_model[i])
@@ -318,6 +320,11 @@ def trajectory(
         y_before, y = y, step(i, y, b)
         x = alpha[i + 1] * y
         yield x
+
+
+def solve(denoiser, x_T: Tensor, coefficients: Coefficients, grid: TimeGrid) -> Tensor:
+    """Psi(x_T): the last point of `trajectory`, and as differentiable."""
+    return deque(trajectory(denoiser, x_T, coefficients, grid), maxlen=1).pop()
 
 
 @dataclass(frozen=True)
@@ -359,8 +366,7 @@ class Solver:
         Exactly `nfe` calls of denoiser(x, t). Raises UsageError if the denoiser has another
         noise schedule, returns another shape, or if the sample is not finite.
         """
-        for x in self.trajectory(denoiser, x_T):
-            pass
+        x = deque(self.trajectory(denoiser, x_T), maxlen=1).pop()
         if not x.isfinite().all():
             finite = [bool(x.isfinite().all()) for x in self.trajectory(denoiser, x_T)]
             step = finite.index(False)

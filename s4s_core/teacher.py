@@ -29,7 +29,7 @@ def initial_noise(setup, seeds: Iterable[int]) -> Tensor:
 
 
 def generate(solver: Solver, setup, seeds: Iterable[int], label: str = "sampling"):
-    """Yield batches of samples (B, *setup.shape), in the order of the seeds, with a progress bar."""
+    """Yield batches of samples (B, *setup.shape) in the order of the seeds, with a progress bar."""
     seeds, size = list(seeds), setup.params.sample_batch_size
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
     for batch in progress(batches, desc=label):
@@ -38,7 +38,7 @@ def generate(solver: Solver, setup, seeds: Iterable[int], label: str = "sampling
 
 @dataclass(frozen=True)
 class TeacherSet:
-    """Pairs (x_T, x_0 = Psi*(x_T)), each (n, *shape) on the CPU; the first n_train are to learn from.
+    """Pairs (x_T, x_0 = Psi*(x_T)), each (n, *shape) on the CPU; the first n_train teach.
 
     The relaxed starts x'_T of Eq. 7 belong to a learning run, which begins them at x_T, so a set
     can be used again.

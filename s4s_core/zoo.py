@@ -92,9 +92,7 @@ class Params:
             one_of(key, getattr(self, key), allowed)
         for key in ("shape", "nfes"):
             if not all(type(n) is int and n > 0 for n in getattr(self, key)):
-                raise UsageError(
-                    f"{key} must list positive whole numbers, not {getattr(self, key)}"
-                )
+                raise UsageError(f"{key} must list whole numbers above 0, not {getattr(self, key)}")
         for field in fields(self):
             value, lowest = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1e-300
             if field.type in (int, float) and not lowest <= value < float("inf"):
