@@ -48,18 +48,18 @@ tests() {
     setup
     # Threads of several processes that share few cores wait for each other: one thread each.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    status=0
-    $python -m ruff check . || status=1
-    $python -m pytest || status=1
+    failed=
+    $python -m ruff check . || failed="$failed lint"
+    $python -m pytest || failed="$failed tests"
     $python -m pytest -p no:python --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
-        notebooks/*.ipynb || status=1
-    return $status
+        notebooks/*.ipynb || failed="$failed notebooks"
+    [ -z "$failed" ] || die "failed:$failed"
 }
 
 lock() {
     setup
     .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras \
-        --no-annotate pyproject.toml -o requirements.txt
+        --no-annotate --custom-compile-command "./do lock" pyproject.toml -o requirements.txt
     {
         sed '/^  - pip:/q' environment.yml
         sed -n 's/^[a-z]/      - &/p' requirements.txt
