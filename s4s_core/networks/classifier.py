@@ -1,0 +1,29 @@
+"""A small convolutional classifier; its penultimate features define a Fréchet distance."""
+
+import torch.nn.functional as F
+from torch import nn
+
+
+class Classifier(nn.Module):
+    """x (B, in_channels, 8, 8) or larger, in [-1, 1] -> logits (B, classes).
+
+    `features(x)` is (B, width): the last ReLU activations, averaged over the pixels, which is how
+    Inception features are taken for the FID (Heusel et al. 2017).
+    """
+
+    def __init__(self, in_channels=1, width=64, classes=10, dropout=0.0):
+        super().__init__()
+        self.config = dict(in_channels=in_channels, width=width, classes=classes, dropout=dropout)
+        self.conv_1 = nn.Conv2d(in_channels, width // 2, 3, padding=1)
+        self.conv_2 = nn.Conv2d(width // 2, width, 3, padding=1)
+        self.conv_3 = nn.Conv2d(width, width, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(width, classes)
+
+    def features(self, x):
+        x = F.relu(self.conv_1(x.to(self.head.weight.dtype)))
+        x = F.max_pool2d(F.relu(self.conv_2(x)), 2)
+        return F.relu(self.conv_3(x)).mean(dim=(2, 3))
+
+    def forward(self, x):
+        return self.head(self.dropout(self.features(x)))

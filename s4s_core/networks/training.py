@@ -1,0 +1,160 @@
+"""Training of the shipped networks: two generators that yield one record every few steps."""
+
+import copy
+import json
+import math
+from collections import namedtuple
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from ..base import UsageError, progress, write_atomically
+from .classifier import Classifier
+from .unet import EDMPrecond
+
+Record = namedtuple("Record", "step loss network")
+
+
+def digits_data():
+    """scikit-learn's handwritten digits: images (1797, 1, 8, 8) in [-1, 1], labels (1797,).
+
+    Grey values are 0 ... 16 in the source (UCI, "Optical Recognition of Handwritten Digits").
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    return images, torch.tensor(data.target)
+
+
+def held_out_split(n, fraction=0.2, seed=0):
+    """Two index tensors that divide 0 ... n-1 at random: training, held out."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    n_held_out = round(fraction * n)
+    return order[n_held_out:], order[:n_held_out]
+
+
+def train_denoiser(images, steps, batch=256, lr=2e-3, warmup=500, ema_images=50_000, seed=0,
+                   every=50, checkpoint="", **unet):  # fmt: skip
+    """Train D(x, sigma) on `images` (n, C, H, W); yield `Record(step, loss, EMA network)`.
+
+    EDM's recipe (Karras et al. 2022, Table 1): ln sigma ~ N(-1.2, 1.2^2), loss weight
+    lambda(sigma) = 1 / c_out(sigma)^2, Adam, and an exponential moving average (EMA) of the
+    weights with a half-life of `ema_images` images, shorter at the start. The learning rate rises
+    over `warmup` steps, then falls to zero along a cosine. No flips: a mirrored digit is no digit.
+    `unet` goes to `UNet`. The loss is the mean since the last record, near 1 before training; the
+    network is the running average itself, not a copy.
+
+    All random numbers of a step follow from (seed, step) alone, so a run that continues from the
+    file `checkpoint` (written at every record, used if it is there) ends as if it had never
+    stopped.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = EDMPrecond(images.std().item(), in_channels=images.shape[1], **unet)
+    net = net.to(images.device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    adam = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    run = json.dumps(dict(net.config, n=len(images), steps=steps, batch=batch, lr=lr,
+                          warmup=warmup, ema_images=ema_images, seed=seed))  # fmt: skip
+    start = _restore(checkpoint, run, net, ema, adam) if checkpoint else 0
+    losses = []
+    for step in progress(range(start, steps), desc="training", initial=start, total=steps):
+        rise = min((step + 1) / warmup, 1.0) if warmup else 1.0
+        adam.param_groups[0]["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed * 1_000_003 + step)
+            loss = _denoising_loss(net, images[torch.randint(len(images), (batch,))])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        # EDM, Table 7: the half-life is at most 5 % of the images seen so far.
+        decay = 0.5 ** (batch / min(ema_images, 0.05 * batch * (step + 1)))
+        for average, weight in zip(ema.parameters(), net.parameters(), strict=True):
+            average.lerp_(weight.detach(), 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % every == 0 or step + 1 == steps:
+            if checkpoint:
+                _save_checkpoint(checkpoint, run, step + 1, net, ema, adam)
+            yield Record(step + 1, sum(losses) / len(losses), ema)
+            losses = []
+
+
+def _denoising_loss(net, x_0):
+    """EDM Eq. (2) with the weights lambda(sigma): the mean over images, pixels and noise levels."""
+    sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(x_0), 1, 1, 1)).to(x_0)
+    noise = torch.randn(x_0.shape).to(x_0)
+    weight = (sigma**2 + net.sigma_data**2) / (sigma * net.sigma_data) ** 2
+    return (weight * (net(x_0 + sigma * noise, sigma.flatten()) - x_0) ** 2).mean()
+
+
+def train_classifier(images, labels, steps, batch=128, lr=3e-3, seed=0, every=50, dropout=0.3):
+    """Train a `Classifier` on `images` (n, C, H, W), `labels` (n,); yield `Record`s of the network.
+
+    Cross-entropy, AdamW with weight decay 0.01, a cosine from `lr` to zero; random numbers as in
+    `train_denoiser`. The network is in eval mode whenever a record is handed out.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Classifier(images.shape[1], classes=int(labels.max()) + 1, dropout=dropout)
+    net = net.to(images.device)
+    adam = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    losses = []
+    for step in progress(range(steps), desc="training"):
+        adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed * 1_000_003 + step)
+            index = torch.randint(len(images), (batch,))
+            loss = F.cross_entropy(net.train()(images[index]), labels[index])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+        if (step + 1) % every == 0 or step + 1 == steps:
+            yield Record(step + 1, sum(losses) / len(losses), net.eval())
+            losses = []
+
+
+def _save_checkpoint(path, run, step, net, ema, adam):
+    """Everything a later run needs, as tensors; `run` (text) says which run they belong to."""
+    tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for i, state in adam.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    write_atomically(path, safetensors.torch.save(tensors, {"run": run, "step": str(step)}))
+
+
+def _restore(path, run, net, ema, adam):
+    """Load the checkpoint if there is one; the number of steps already done."""
+    if not Path(path).exists():
+        return 0
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise UsageError(f"{path} is not a complete checkpoint ({error}); delete it") from None
+    if metadata.get("run") != run:
+        raise UsageError(
+            f"{path} belongs to another run, {metadata.get('run')}, than {run}; "
+            "use its settings, or another file"
+        )
+    tensors = safetensors.torch.load_file(path)
+    for prefix, target in (("net.", net), ("ema.", ema)):
+        target.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+    # Fused Adam reads memory in order, so its averages need the layout of their parameter.
+    state = {
+        i: {"step": tensors[f"adam.{i}.step"]}
+        | {
+            k: torch.empty_like(p).copy_(tensors[f"adam.{i}.{k}"])
+            for k in ("exp_avg", "exp_avg_sq")
+        }
+        for i, p in enumerate(net.parameters())
+    }
+    adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
+    return int(metadata["step"])
