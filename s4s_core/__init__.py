@@ -5,7 +5,7 @@ Read the modules in this order: schedule, grid, solver, teacher, objective, lear
 
 __version__ = "0.1.0"
 
-from .base import UsageError
+from .base import UsageError, progress
 from .evaluate import FeatureSums, feature_sums, frechet_distance, merge
 from .experiment import Experiment, Result, results_folder, run, start
 from .grid import (

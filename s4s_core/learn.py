@@ -107,12 +107,12 @@ class _Student:
         last = N - 1 if params.time_dependent else k - 1
         self.rows = torch.arange(N).clamp_max(last)
 
-        def unique(rows: Tensor) -> Tensor:
-            return torch.cat([rows[:last], rows[last:].mean(0, keepdim=True)]).clone()
+        def unique(rows: Tensor, used: int) -> Tensor:
+            shared = rows[last : max(used, last + 1)].mean(0, keepdim=True)
+            return torch.cat([rows[:last], shared])
 
-        self.b = unique(table.b)
-        # The last corrector row is never used, so it does not take part in the mean.
-        self.c = None if table.c is None else unique(table.c)
+        self.b = unique(table.b, N)
+        self.c = None if table.c is None else unique(table.c, N - 1)  # its last row is never used
         self.grid = LearnedGrid.start_at(solver.grid, params.grid_variable, params.offset_fraction)
         self.times_moved = False
 

@@ -4,7 +4,9 @@ Colours are those of Okabe and Ito, told apart by colour-blind readers; markers 
 repeat what the colour says, so that a picture also reads in grey.
 """
 
+import csv
 from itertools import cycle
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -189,3 +191,74 @@ def plot_losses(epochs, ax=None):
     ax.set(xlabel="epoch", ylabel="loss")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+
+class Table(str):
+    """Markdown text that a notebook renders and a terminal prints."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+def _markdown(lines: list[list[str]]) -> Table:
+    return Table("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+
+
+def table(rows, index=("learn", "order"), column="nfe", value="frechet", digits=2) -> Table:
+    """Mean of `value` in a grid of `index` by `column`, with half the range over seeds after ±.
+
+    rows   dictionaries, one for each run; a cell without any is a dash
+    index  keys of a row that tell the lines apart, in order of first appearance
+    """
+    columns = sorted({row[column] for row in rows})
+    lines = dict.fromkeys(tuple(row[key] for key in index) for row in rows)
+    text = [
+        [*index, *(f"{column.upper()} {c}" for c in columns)],
+        ["---"] * (len(index) + len(columns)),
+    ]
+    for line in lines:
+        cells = []
+        for c in columns:
+            values = [
+                r[value] for r in rows if tuple(r[k] for k in index) == line and r[column] == c
+            ]
+            spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
+        text.append([*map(str, line), *cells])
+    return _markdown(text)
+
+
+def compare(rows, by: str, within=("method", "nfe"), value="frechet", digits=3) -> Table:
+    """Which setting of `by` is best in each group of `within`, and whether the seeds agree.
+
+    "clear" means that the worst seed of the best setting still beats the best seed of every other.
+    """
+    lines = [[*within, f"best {by}", "runner-up", f"{value}, best", "runner-up", "clear"]]
+    lines.append(["---"] * len(lines[0]))
+    for group in dict.fromkeys(tuple(row[key] for key in within) for row in rows):
+        runs = {}
+        for row in rows:
+            if tuple(row[key] for key in within) == group:
+                runs.setdefault(row[by], []).append(row[value])
+        if len(runs) < 2:
+            continue
+        first, second = sorted(runs, key=lambda setting: np.mean(runs[setting]))[:2]
+        clear = max(runs[first]) < min(min(v) for k, v in runs.items() if k != first)
+        means = [f"{np.mean(runs[setting]):.{digits}f}" for setting in (first, second)]
+        lines.append([*map(str, group), str(first), str(second), *means, "yes" if clear else "no"])
+    return _markdown(lines)
+
+
+def save(figure, path: str, rows=()) -> None:
+    """Write the figure to `path` (.svg or .png), and the rows it draws to a CSV beside it.
+
+    An empty path writes nothing, so that a notebook's parameter can decide.
+    """
+    if not path:
+        return
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path[-3:] == "svg" else {})
+    if rows:
+        with open(Path(path).with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)

@@ -196,6 +196,11 @@ def schedule_from_dict(entries: dict) -> NoiseSchedule:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UsageError(f"{cls.__name__}.{key} must be a number, not {value!r}")
     schedule = cls(**constants)
-    if not schedule.T > schedule.t_min > 0:
-        raise UsageError(f"{schedule} must have T > t_min > 0")
+    try:
+        lam = schedule.lam(torch.linspace(schedule.T, schedule.t_min, 100, dtype=torch.float64))
+        valid = schedule.T > schedule.t_min > 0 and lam.isfinite().all() and (lam.diff() > 0).all()
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        valid = False
+    if not valid:
+        raise UsageError(f"{schedule} must have T > t_min > 0 and a lam that rises from T to t_min")
     return schedule
