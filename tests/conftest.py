@@ -1,0 +1,88 @@
+"""What the tests share: errors told in one sentence, two small models, an empty results folder."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+import s4s_core as s4s
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Timings are run on request, with --benchmark-only: they would only slow the tests down."""
+    on_request = config.getoption("benchmark_only", default=False)
+    return True if collection_path.name == "benchmarks" and not on_request else None
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """Every test has a results folder of its own."""
+    monkeypatch.setenv("S4S_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def one_sentence():
+    """`with one_sentence("order", "nfe"):` expects a UsageError of one line with those words."""
+
+    @contextmanager
+    def expect(*words: str, error: type[Exception] = s4s.UsageError):
+        with pytest.raises(error) as info:
+            yield info
+        text = str(info.value)
+        assert text.strip() and "\n" not in text
+        for word in words:
+            assert word in text, f"{word!r} is not in: {text}"
+
+    return expect
+
+
+class ToyDenoiser:
+    """Smooth, bounded and nonlinear in y = x / alpha and ln s: no solver is exact on it."""
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+
+    def __call__(self, x, t):
+        y, s = x / self.schedule.alpha(t), self.schedule.s(t)
+        return torch.tanh(0.3 + y / (1 + s)) * torch.cos(0.3 * s.log() + 0.2 * y / (1 + s))
+
+
+@pytest.fixture
+def toy():
+    return ToyDenoiser
+
+
+@pytest.fixture
+def noise():
+    """`noise(seed, *shape)`: standard normal float64."""
+
+    def draw(seed: int, *shape: int):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return draw
+
+
+@pytest.fixture
+def mixture():
+    """`mixture(**settings)`: the setup of the 2-D mixture, small enough to learn in a second."""
+    small = {
+        "teacher_nfe": 30,
+        "n_train": 24,
+        "n_valid": 16,
+        "n_train_alt": 24,
+        "n_valid_alt": 16,
+        "batch_size": 8,
+        "batch_size_alt": 8,
+        "epochs": 2,
+        "rounds": 2,
+        "phase_epochs": 1,
+    }
+
+    def make(**settings):
+        setup = s4s.load("mixture")
+        return replace(setup, params=setup.params.override(**{**small, **settings}))
+
+    return make

@@ -1,0 +1,180 @@
+"""Denoisers: the exact one against quadrature and its own score; the wrappers change nothing."""
+
+import pytest
+import torch
+
+from s4s_core import (
+    EDM,
+    GaussianMixture,
+    RectifiedFlow,
+    VPDiscrete,
+    VPLinear,
+    count_calls,
+    from_denoiser,
+    from_noise_prediction,
+    rematerialized,
+)
+
+SCHEDULES = [EDM(), VPLinear(), VPDiscrete(), RectifiedFlow()]
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+TIMES = [0.01, 0.1, 0.4, 0.9]
+
+
+def line(schedule):
+    """Three Gaussians on a line."""
+    return GaussianMixture([1.0, 2.0, 3.0], [[-1.0], [0.2], [1.5]], [0.3, 0.1, 0.5], schedule)
+
+
+def plane(schedule):
+    means = [[-1.0, 0.5], [0.2, -0.7], [1.5, 0.1]]
+    return GaussianMixture([0.2, 0.5, 0.3], means, [0.3, 0.1, 0.5], schedule)
+
+
+def scalar(t):
+    return torch.tensor(t, dtype=torch.float64)
+
+
+@every_schedule
+@pytest.mark.parametrize("t", TIMES)
+def test_mixture_denoiser_is_the_posterior_mean(schedule, t):
+    mixture, t = line(schedule), scalar(t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    x_0 = torch.linspace(-8, 8, 40001, dtype=torch.float64)
+    prior = mixture.log_prob(x_0[:, None]).exp()
+    x = alpha * torch.tensor([-2.0, -0.5, 0.1, 0.3, 1.0, 2.5], dtype=torch.float64)
+    likelihood = (-((x[:, None] - alpha * x_0) ** 2) / (2 * sigma**2)).exp()
+    posterior = prior * likelihood
+    mean = torch.trapezoid(posterior * x_0, x_0) / torch.trapezoid(posterior, x_0)
+    torch.testing.assert_close(mixture(x[:, None], t)[:, 0], mean, rtol=0, atol=1e-9)
+
+
+@every_schedule
+@pytest.mark.parametrize("t", TIMES)
+def test_mixture_denoiser_obeys_tweedie(noise, schedule, t):
+    mixture, t = plane(schedule), scalar(t)
+    x = (2 * noise(0, 20, 2)).requires_grad_()
+    (score,) = torch.autograd.grad(mixture.log_prob(x, t).sum(), x)
+    expected = (x + schedule.sigma(t) ** 2 * score) / schedule.alpha(t)
+    torch.testing.assert_close(mixture(x, t), expected.detach(), rtol=1e-9, atol=1e-9)
+
+
+@every_schedule
+def test_mixture_density_integrates_to_one(schedule):
+    grid = torch.linspace(-7, 7, 801, dtype=torch.float64)
+    points = torch.cartesian_prod(grid, grid)
+    cell = (grid[1] - grid[0]) ** 2
+    for t in (None, scalar(0.3)):
+        total = plane(schedule).log_prob(points, t).exp().sum() * cell
+        assert total.item() == pytest.approx(1, abs=1e-6)
+
+
+@every_schedule
+def test_noised_samples_have_the_density_at_t(noise, schedule):
+    mixture, t = plane(schedule), scalar(0.3)
+    x_0 = mixture.sample(20000, seed=1)
+    x_t = schedule.alpha(t) * x_0 + schedule.sigma(t) * noise(2, 20000, 2)
+    mean = mixture.weights @ mixture.means
+    spread = (mixture.weights * (mixture.stds**2 + mixture.means.square().sum(1) / 2)).sum()
+    spread = spread - mean.square().sum() / 2
+    variance = schedule.alpha(t) ** 2 * spread + schedule.sigma(t) ** 2
+    assert x_t.mean(0).tolist() == pytest.approx((schedule.alpha(t) * mean).tolist(), abs=0.03)
+    assert x_t.var(0).mean().item() == pytest.approx(variance.item(), rel=0.03)
+    # The mean log density of samples is minus the entropy: any other density would give less.
+    shifted = mixture.log_prob(x_t + 0.1, t).mean()
+    assert mixture.log_prob(x_t, t).mean() > shifted
+
+
+def test_mixture_weights_are_normalised_and_samples_repeat():
+    mixture = line(EDM())
+    assert mixture.weights.sum().item() == pytest.approx(1)
+    assert torch.equal(mixture.sample(5, seed=3), mixture.sample(5, seed=3))
+    assert not torch.equal(mixture.sample(5, seed=3), mixture.sample(5, seed=4))
+
+
+@every_schedule
+@pytest.mark.parametrize("t", TIMES)
+def test_noise_prediction_of_a_denoiser_gives_the_denoiser_back(noise, schedule, t):
+    mixture, t = plane(schedule), scalar(t)
+
+    def predict_noise(x, times):
+        assert times.shape == (len(x),)
+        return (x - schedule.alpha(t) * mixture(x, t)) / schedule.sigma(t)
+
+    x = noise(0, 7, 2)
+    denoiser = from_noise_prediction(predict_noise, schedule)
+    torch.testing.assert_close(denoiser(x, t), mixture(x, t), rtol=1e-10, atol=1e-10)
+    assert denoiser.schedule == schedule
+
+
+def test_from_denoiser_passes_one_time_a_sample(noise):
+    seen = []
+
+    def network(x, times):
+        seen.append(times)
+        return x / 2
+
+    denoiser, x = from_denoiser(network, EDM()), noise(0, 5, 3, 4, 4)
+    assert torch.equal(denoiser(x, scalar(0.7)), x / 2)
+    assert denoiser.schedule == EDM()
+    assert torch.equal(seen[0], torch.full((5,), 0.7, dtype=torch.float64))
+
+
+def gradients(denoiser, network, x, t):
+    network.zero_grad()
+    x, t = x.clone().requires_grad_(), t.clone().requires_grad_()
+    y = denoiser(x, t)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, t.grad, *(p.grad.clone() for p in network.parameters())]
+
+
+def test_rematerialization_changes_no_output_and_no_gradient(noise):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Linear(3, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2)
+    ).double()
+
+    def forward(x, times):
+        return network(torch.cat([x, times[:, None].log()], 1))
+
+    plain = from_denoiser(forward, EDM())
+    again = rematerialized(plain)
+    assert again.schedule == EDM()
+    x, t = noise(0, 4, 2), scalar(0.5)
+    for a, b in zip(gradients(plain, network, x, t), gradients(again, network, x, t), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rematerialization_keeps_no_activations(noise):
+    """Bytes saved for the backward pass: inputs only, however wide the network is."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 512), torch.nn.Tanh(), torch.nn.Linear(512, 2))
+    network.double().requires_grad_(False)
+    plain = from_denoiser(lambda x, times: network(x), EDM())
+    x = noise(0, 8, 2).requires_grad_()
+
+    def saved(denoiser) -> int:
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            denoiser(x, scalar(0.5))
+        return sum(sizes)
+
+    assert saved(plain) >= 8 * 512
+    assert saved(rematerialized(plain)) <= 2 * x.numel()
+
+
+def test_count_calls_counts_and_changes_nothing(noise):
+    mixture = plane(EDM())
+    counted, x = count_calls(mixture), noise(0, 3, 2)
+    assert counted.calls == 0 and counted.schedule == EDM()
+    for n in range(1, 4):
+        assert torch.equal(counted(x, scalar(0.3)), mixture(x, scalar(0.3)))
+        assert counted.calls == n
+
+
+def test_a_function_without_a_schedule_stays_without_one():
+    for wrap in (count_calls, rematerialized):
+        assert not hasattr(wrap(lambda x, t: x), "schedule")
