@@ -1,0 +1,823 @@
+"""Solvers: the loop and its tables against golden numbers, diffusers and exact flows."""
+
+import json
+import math
+import os
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+
+import s4s_core as s4s
+from s4s_core import (
+    EDM,
+    GRIDS,
+    SOLVERS,
+    Coefficients,
+    LearnedGrid,
+    Solver,
+    TimeGrid,
+    VPDiscrete,
+    VPLinear,
+    count_calls,
+    count_parameters,
+    ddim,
+    deis,
+    dpm_solver_pp,
+    exponential_adams,
+    gaussian,
+    initial_noise,
+    ipndm,
+    time_edm,
+    time_logsnr,
+    time_uniform,
+    trajectory,
+    unipc,
+)
+from s4s_core.solver import solve
+
+SD = VPDiscrete()
+quiet_oracle = pytest.mark.filterwarnings("ignore:::diffusers")
+
+
+def logsnr(nfe: int, first: float, last: float) -> TimeGrid:
+    """Uniform in lam from `first` to `last`, variance exploding."""
+    return time_logsnr(EDM(T=math.exp(-first), t_min=math.exp(-last)), nfe)
+
+
+def uneven(nfe: int, span: float, middle: float = 0.0) -> TimeGrid:
+    """nfe steps of sizes in fixed, unequal proportions, `span` long in lam."""
+    sizes = torch.tensor([1.0, 1.6, 0.7, 1.3, 0.9, 1.5, 0.6, 1.2], dtype=torch.float64)[:nfe]
+    u = torch.cat([torch.zeros(1, dtype=torch.float64), sizes.cumsum(0) / sizes.sum()])
+    t = (-(middle + span * (u - 0.5))).exp()
+    return TimeGrid(EDM(T=t[0].item(), t_min=t[-1].item()), t)
+
+
+def random_coefficients(noise, nfe: int, order: int, prediction: str, corrector: bool):
+    """Weights near 1 / order, row sums not 1, as learning makes them."""
+    b = (1 / order + 0.3 * noise(1, nfe, order)).tril()
+    c = (1 / order + 0.3 * noise(2, nfe, order + 1)).tril(1) if corrector else None
+    return Coefficients(b, c, prediction)
+
+
+def tables(grid: TimeGrid) -> dict[str, Coefficients]:
+    """Every published solver in every form and order that fits the grid."""
+    found = {}
+    for order in range(1, min(4, grid.nfe) + 1):
+        found[f"ipndm-{order}"] = ipndm(grid, order)
+        found[f"deis-{order}"] = deis(grid, order)
+        for form in ("noise", "data"):
+            found[f"exponential_adams-{order}-{form}"] = exponential_adams(grid, order, form)
+            found[f"exponential_adams-{order}-{form}-full"] = exponential_adams(
+                grid, order, form, lower_order_final=False
+            )
+            for variant in ("bh1", "bh2"):
+                for corrector in (True, False):
+                    found[f"unipc-{order}-{variant}-{form}-{corrector}"] = unipc(
+                        grid, order, variant, form, corrector
+                    )
+            if order <= 3:
+                found[f"dpm_solver_pp-{order}-{form}"] = dpm_solver_pp(grid, order, form)
+            if order == 1:
+                found[f"ddim-{form}"] = ddim(grid, 1, form)
+    return found
+
+
+# --- Golden numbers: data N(0, 1), x_T = 1, EDM's rho-7 grid of 5 steps ------------------------
+
+GOLDEN = {
+    "DDIM": (lambda g: ddim(g), 0.007720911635),
+    "iPNDM-2": (lambda g: ipndm(g, 2), 0.010514701521),
+    "iPNDM-3": (lambda g: ipndm(g, 3), 0.012376340349),
+    "iPNDM-4": (lambda g: ipndm(g, 4), 0.013674976444),
+    "DPM++(2M)": (lambda g: dpm_solver_pp(g, 2), 0.011583136306),
+    "DPM++(3M)": (lambda g: dpm_solver_pp(g, 3), 0.012338515077),
+    "DPM-Solver(3M)": (lambda g: dpm_solver_pp(g, 3, "noise"), 0.011092311949),
+    "UniPC-3 bh1": (lambda g: unipc(g, 3, "bh1"), 0.018841931188),
+    "UniPC-3 bh2": (lambda g: unipc(g, 3, "bh2"), 0.012662732261),
+    "UniPC-2 bh1": (lambda g: unipc(g, 2, "bh1"), 0.018708501657),
+    "UniPC-2 bh2": (lambda g: unipc(g, 2, "bh2"), 0.011812707712),
+    "DEIS-3": (lambda g: deis(g, 3, lower_order_final=False), 0.011846557998),
+}
+
+
+def standard_normal(x, t):
+    """The exact denoiser of N(0, 1) data, variance exploding."""
+    return x / (1 + t**2)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_solver_gives_its_golden_number(name):
+    make, expected = GOLDEN[name]
+    grid = time_edm(EDM(), 5)
+    x_0 = solve(standard_normal, torch.ones(1, 1, dtype=torch.float64), make(grid), grid)
+    assert x_0.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_rows_have_their_golden_values():
+    grid = time_edm(EDM(), 5)
+    shipped = dpm_solver_pp(grid, 3).b
+    assert shipped[1].tolist() == pytest.approx([1.602465, -0.602465, 0], abs=6e-7)
+    assert shipped[2].tolist() == pytest.approx([2.459543, -2.244166, 0.784624], abs=6e-7)
+    assert shipped[3].tolist() == pytest.approx([1.674785, -0.674785, 0], abs=6e-7)
+    exact = [2.668973, -2.705945, 1.036972]
+    assert exponential_adams(grid, 3).b[2].tolist() == pytest.approx(exact, abs=6e-7)
+    assert unipc(grid, 3, "bh1").b[2].tolist() == pytest.approx(exact, abs=6e-7)
+
+
+def test_ipndm_rows_are_adams_bashforth():
+    b = ipndm(time_edm(EDM(), 5), 4).b
+    rows = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12]]
+    rows += [[55 / 24, -59 / 24, 37 / 24, -9 / 24]] * 2
+    for row, weights in zip(b, rows, strict=True):
+        assert row.tolist() == weights + [0] * (4 - len(weights))
+
+
+# --- diffusers ---------------------------------------------------------------------------------
+
+
+def diffusers_solution(scheduler, denoiser, x, grid):
+    """Run a diffusers scheduler over our noise levels, without its rounding of times."""
+    scheduler.set_timesteps(grid.nfe)
+    scheduler.sigmas = grid.s
+    scheduler.timesteps = torch.arange(grid.nfe, 0, -1)
+    scheduler.set_begin_index(0)
+    for i in range(grid.nfe):
+        x = scheduler.step(denoiser(x, grid.t[i]), scheduler.timesteps[i], x).prev_sample
+    return x
+
+
+GRIDS_FOR_DIFFUSERS = [(SD, "logsnr"), (SD, "uniform"), (VPLinear(), "edm")]
+on_diffusers_grids = pytest.mark.parametrize(
+    ("schedule", "name"), GRIDS_FOR_DIFFUSERS, ids=["SD-logsnr", "SD-uniform", "VP-edm"]
+)
+COMMON = {"prediction_type": "sample", "final_sigmas_type": "sigma_min"}
+
+
+@quiet_oracle
+@on_diffusers_grids
+@pytest.mark.parametrize("nfe", [4, 5, 8, 12])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+@pytest.mark.parametrize("prediction", ["data", "noise"])
+def test_unipc_equals_diffusers(toy, noise, schedule, name, nfe, order, variant, prediction):
+    grid, x_T = GRIDS[name](schedule, nfe), noise(nfe, 2, 3, 2, 2)
+    oracle = diffusers.UniPCMultistepScheduler(
+        solver_order=order, solver_type=variant, predict_x0=prediction == "data", **COMMON
+    )
+    expected = diffusers_solution(oracle, toy(schedule), x_T, grid)
+    x_0 = solve(toy(schedule), x_T, unipc(grid, order, variant, prediction), grid)
+    torch.testing.assert_close(x_0, expected, rtol=1e-10, atol=1e-10)
+
+
+@quiet_oracle
+@on_diffusers_grids
+@pytest.mark.parametrize("nfe", [4, 7, 12])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("prediction", ["data", "noise"])
+def test_dpm_solver_equals_diffusers(toy, noise, schedule, name, nfe, order, prediction):
+    grid, x_T = GRIDS[name](schedule, nfe), noise(nfe, 2, 3, 2, 2)
+    oracle = diffusers.DPMSolverMultistepScheduler(
+        solver_order=order,
+        algorithm_type="dpmsolver++" if prediction == "data" else "dpmsolver",
+        **COMMON,
+    )
+    expected = diffusers_solution(oracle, toy(schedule), x_T, grid)
+    x_0 = solve(toy(schedule), x_T, dpm_solver_pp(grid, order, prediction), grid)
+    # diffusers computes each step in float32.
+    torch.testing.assert_close(x_0, expected, rtol=0, atol=3e-6)
+
+
+@quiet_oracle
+@on_diffusers_grids
+@pytest.mark.parametrize("nfe", [4, 7, 12])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis_equals_diffusers(toy, noise, schedule, name, nfe, order):
+    grid, x_T = GRIDS[name](schedule, nfe), noise(nfe, 2, 3, 2, 2)
+    oracle = diffusers.DEISMultistepScheduler(solver_order=order, prediction_type="sample")
+    expected = diffusers_solution(oracle, toy(schedule), x_T, grid)
+    x_0 = solve(toy(schedule), x_T, deis(grid, order), grid)
+    torch.testing.assert_close(x_0, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_toy_model_tells_solvers_apart(toy, noise):
+    """Otherwise agreement on it would prove nothing."""
+    grid, x_T = time_logsnr(SD, 6), noise(0, 2, 3, 2, 2)
+    found = [ddim(grid), ipndm(grid, 3), dpm_solver_pp(grid, 3), unipc(grid, 3), deis(grid, 3)]
+    samples = [solve(toy(SD), x_T, c, grid) for c in found]
+    for i, a in enumerate(samples):
+        for b in samples[:i]:
+            assert (a - b).abs().max() > 1e-3
+
+
+# --- Forms and coordinates ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [EDM(), SD, VPLinear()], ids=["EDM", "SD", "VP"])
+def test_ddim_is_the_same_in_both_forms(toy, noise, schedule):
+    grid, x_T = time_logsnr(schedule, 7), schedule.sigma(schedule.T) * noise(0, 4, 3)
+    x_0 = [solve(toy(schedule), x_T, ddim(grid, 1, form), grid) for form in ("noise", "data")]
+    torch.testing.assert_close(*x_0, rtol=1e-11, atol=1e-11)
+
+
+def in_noise_form(coefficients: Coefficients, grid: TimeGrid) -> Coefficients:
+    """The noise-form table of full memory that a data-form table with row sums 1 equals.
+
+    y_i = y_0 + sum_l weights_i[l] eps_l by induction, since D_l = y_l - s_l eps_l.
+    """
+    s, N = grid.s, grid.nfe
+    weights = [torch.zeros(N, dtype=torch.float64)]
+    b = torch.zeros(N, N, dtype=torch.float64)
+    for i in range(N):
+        q = s[i + 1] / s[i]
+        new = q * weights[i]
+        for j in range(min(i + 1, coefficients.order)):
+            denoised = weights[i - j].clone()
+            denoised[i - j] -= s[i - j]
+            new = new + (1 - q) * coefficients.b[i, j] * denoised
+        weights.append(new)
+        row = (new - weights[i]) / (s[i + 1] - s[i])
+        b[i, : i + 1] = row[: i + 1].flip(0)
+    return Coefficients(b, None, "noise")
+
+
+@pytest.mark.parametrize("nfe", [3, 5, 8])
+@pytest.mark.parametrize("schedule", [EDM(), SD], ids=["EDM", "SD"])
+def test_data_form_with_row_sums_one_is_a_full_memory_noise_form(toy, noise, schedule, nfe):
+    grid, x_T = time_edm(schedule, nfe), schedule.sigma(schedule.T) * noise(0, 4, 3)
+    for order in (1, 2, 3):
+        b = (0.3 * noise(order, nfe, order)).tril()
+        b[:, 0] += 1 - b.sum(1)
+        table = Coefficients(b, None, "data")
+        converted = in_noise_form(table, grid)
+        torch.testing.assert_close(converted.b.sum(1), b.new_ones(nfe), rtol=1e-10, atol=1e-10)
+        x_0 = solve(toy(schedule), x_T, table, grid)
+        torch.testing.assert_close(
+            solve(toy(schedule), x_T, converted, grid), x_0, rtol=1e-9, atol=1e-9
+        )
+
+
+def test_unipc_without_its_corrector_has_that_noise_form_too(toy, noise):
+    grid, x_T = time_edm(EDM(), 6), 80 * noise(0, 4, 3)
+    table = unipc(grid, 3, "bh1", corrector=False)
+    x_0 = solve(toy(EDM()), x_T, table, grid)
+    again = solve(toy(EDM()), x_T, in_noise_form(table, grid), grid)
+    torch.testing.assert_close(again, x_0, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", [SD, VPLinear()], ids=["SD", "VP"])
+def test_samples_do_not_depend_on_how_the_data_are_scaled(toy, noise, schedule):
+    """x -> x / alpha turns every schedule into the variance exploding one of the same s."""
+    vp = time_logsnr(schedule, 6)
+    ve = TimeGrid(EDM(T=vp.s[0].item(), t_min=vp.s[-1].item()), vp.s)
+    y_T, alpha = ve.s[0] * noise(0, 4, 3), schedule.alpha(vp.t)
+    again = tables(ve)
+    for name, table in tables(vp).items():
+        torch.testing.assert_close(again[name].b, table.b, rtol=1e-8, atol=1e-8)
+        y_0 = solve(toy(ve.schedule), y_T, table, ve)
+        x_0 = solve(toy(schedule), alpha[0] * y_T, table, vp)
+        torch.testing.assert_close(x_0 / alpha[-1], y_0, rtol=1e-10, atol=1e-10)
+
+
+def test_a_corrector_that_repeats_the_predictor_changes_nothing(toy, noise):
+    """The loop corrects from the point before the step, not from the predicted one."""
+    grid, x_T = time_edm(EDM(), 5), 80 * noise(0, 4, 3)
+    b = ipndm(grid, 3).b
+    repeat = torch.cat([torch.zeros(5, 1, dtype=torch.float64), b], 1)
+    x_0 = solve(toy(EDM()), x_T, Coefficients(b), grid)
+    again = solve(toy(EDM()), x_T, Coefficients(b, repeat), grid)
+    torch.testing.assert_close(again, x_0, rtol=1e-12, atol=1e-12)
+
+
+def test_the_last_corrector_row_is_never_used(toy, noise):
+    grid, x_T = time_edm(EDM(), 5), 80 * noise(0, 4, 3)
+    table = unipc(grid, 3)
+    changed = table.c.clone()
+    changed[-1] = 7.0
+    a = solve(toy(EDM()), x_T, table, grid)
+    assert torch.equal(solve(toy(EDM()), x_T, replace(table, c=changed), grid), a)
+
+
+def test_decoupled_times_reach_the_network_and_its_conversion_only(noise):
+    grid = time_edm(EDM(), 4)
+    moved = TimeGrid(EDM(), grid.t, grid.t * torch.tensor([1, 0.9, 1.1, 0.95, 1]))
+    seen = []
+
+    def denoiser(x, t):
+        seen.append(t.item())
+        return x / (1 + t**2)
+
+    x_T = noise(0, 3, 2)
+    x_0 = solve(denoiser, x_T, ddim(moved), moved)
+    assert seen == moved.t_model[:-1].tolist()
+    y = x_T
+    for i in range(4):
+        eps = (y - y / (1 + moved.t_model[i] ** 2)) / moved.t_model[i]
+        y = y + (grid.t[i + 1] - grid.t[i]) * eps
+    torch.testing.assert_close(x_0, y, rtol=1e-12, atol=1e-12)
+
+
+# --- Order of convergence ----------------------------------------------------------------------
+
+
+def slope(errors: list[float]) -> float:
+    """How often the error halves when the step does, from the last two of errors at h, h/2, .."""
+    return math.log2(errors[-2] / errors[-1])
+
+
+def bump(nfe: int, table) -> float:
+    """Largest relative error on dy/dlam = -(1 - g) y, i.e. D = g y, with g a narrow bump.
+
+    Its flow is exact; where g is zero the rows of any order are exact, so the order falling at
+    both ends costs nothing and the slope is that of the inner rows.
+    """
+    width, half = 0.5, 4.0
+    grid = logsnr(nfe, -half, half)
+
+    def denoiser(x, t):
+        return x * (-0.5 * (-t.log() / width) ** 2).exp()
+
+    y_0 = torch.ones(1, 1, dtype=torch.float64)
+    y = torch.cat(list(trajectory(denoiser, y_0, table(grid), grid)))[:, 0]
+    scale = width * math.sqrt(math.pi / 2)
+    below = torch.erf(torch.tensor([-half / width / math.sqrt(2)], dtype=torch.float64))
+    integral = scale * (torch.erf(grid.lam / width / math.sqrt(2)) - below)
+    # The largest, since the error at the end may vanish by symmetry.
+    return ((y / (integral - grid.lam - half).exp()) - 1).abs().max().item()
+
+
+GLOBAL_ORDERS = [
+    *[(f"exponential_adams-{k}-{form}", k) for k in (1, 2, 3, 4) for form in ("data", "noise")],
+    *[(f"unipc-{k}-{variant}-data-False", k) for k in (1, 2, 3) for variant in ("bh1", "bh2")],
+    *[(f"unipc-{k}-{variant}-data-True", k + 1) for k in (1, 2, 3) for variant in ("bh1", "bh2")],
+    ("dpm_solver_pp-2-data", 2),
+    ("dpm_solver_pp-2-noise", 2),
+    ("dpm_solver_pp-3-data", 2),  # as shipped: a factor 2 is missing, exponential_adams has it
+    ("ipndm-2", 2),
+    ("ipndm-3", 2),  # its weights are those of equal steps in s, which these are not
+    ("ipndm-4", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "order"), GLOBAL_ORDERS)
+def test_solver_converges_with_its_order(name, order):
+    # Where an order is lost, only small steps show it: the lost term has a small constant.
+    late = name.startswith(("ipndm", "dpm_solver_pp-3"))
+    steps = (256, 512) if late else (64, 128)
+    errors = [bump(nfe, lambda grid: table_named(name, grid)) for nfe in steps]
+    assert errors[-1] < 0.1
+    assert order - 0.25 < slope(errors) < order + (0.5 if late else 0.25), errors
+
+
+def table_named(name: str, grid: TimeGrid) -> Coefficients:
+    """One entry of `tables`, without building the others."""
+    solver, order, *rest = name.split("-")
+    if solver == "unipc":
+        variant, form, corrector = rest
+        return unipc(grid, int(order), variant, form, corrector == "True")
+    return SOLVERS[solver](grid, int(order), *rest)
+
+
+def local_errors(make, steps: int) -> list[float]:
+    """Error of one last row on the exact flow of N(0, 1) data, with exact history, uneven steps."""
+    errors = []
+    for halving in range(4, 7):
+        grid = uneven(steps, 2.0**-halving)
+        s = grid.s
+        y = (1 + s**2).sqrt()  # the flow through y = sqrt(1 + s^2)
+        D = y / (1 + s**2)
+        table = make(grid)
+        i = steps - 1
+        evaluations = ((y - D) / s if table.prediction == "noise" else D)[: i + 1].flip(0)
+        gain = s[i + 1] - s[i] if table.prediction == "noise" else 1 - s[i + 1] / s[i]
+        keep = 1 if table.prediction == "noise" else s[i + 1] / s[i]
+        step = keep * y[i] + gain * (table.b[i] * evaluations[: table.order]).sum()
+        errors.append(abs((step - y[i + 1]).item()))
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("make", "order"),
+    [
+        (lambda g: ddim(g), 1),
+        (lambda g: ipndm(g, 2), 1),
+        (lambda g: ipndm(g, 3), 1),
+        (lambda g: ipndm(g, 4), 1),
+        (lambda g: exponential_adams(g, 2, lower_order_final=False), 2),
+        (lambda g: exponential_adams(g, 3, lower_order_final=False), 3),
+        (lambda g: exponential_adams(g, 4, lower_order_final=False), 4),
+        (lambda g: deis(g, 2, lower_order_final=False), 2),
+        (lambda g: deis(g, 3, lower_order_final=False), 3),
+    ],
+    ids="ddim ipndm2 ipndm3 ipndm4 adams2 adams3 adams4 deis2 deis3".split(),
+)
+def test_one_step_has_its_order_on_uneven_steps(make, order):
+    errors = local_errors(make, 5)
+    assert slope(errors) == pytest.approx(order + 1, abs=0.3), errors
+
+
+@pytest.mark.parametrize("schedule", [EDM(), SD], ids=["EDM", "SD"])
+def test_every_published_solver_finds_the_exact_flow_in_the_end(schedule):
+    """Gaussian data: y_N = y_0 sqrt((1 + s_N^2) / (1 + s_0^2))."""
+    mixture = s4s.GaussianMixture([1.0], [[0.0]], [1.0], schedule)
+    x_T = torch.ones(1, 1, dtype=torch.float64)
+    for nfe, tolerance in ((20, 0.25), (80, 0.05)):
+        grid = time_logsnr(schedule, nfe)
+        s, alpha = grid.s, schedule.alpha(grid.t)
+        exact = (alpha[-1] / alpha[0] * ((1 + s[-1] ** 2) / (1 + s[0] ** 2)).sqrt()).item()
+        for name, make in SOLVERS.items():
+            if name != "gaussian":
+                order = {"ddim": 1, "ipndm": 4}.get(name, 3)
+                x_0 = solve(mixture, x_T, make(grid, order), grid).item()
+                assert x_0 == pytest.approx(exact, rel=tolerance), name
+
+
+# --- What a table is ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nfe", [1, 3, 5, 8])
+def test_published_tables_weigh_what_exists_and_sum_to_one(nfe):
+    for name, table in tables(time_logsnr(SD, nfe)).items():
+        assert table.b.shape[0] == nfe and table.b.dtype == torch.float64
+        assert not table.b.triu(1).any(), name
+        torch.testing.assert_close(table.b.sum(1), table.b.new_ones(nfe), rtol=0, atol=1e-9)
+        if table.c is not None:
+            assert not table.c.triu(2).any() and not table.c[-1].any(), name
+            torch.testing.assert_close(table.c[:-1].sum(1), table.c.new_ones(nfe - 1))
+
+
+def test_bh1_and_bh2_differ_only_where_a_half_is_decreed():
+    grid = time_logsnr(SD, 8)
+    a, b = unipc(grid, 3, "bh1"), unipc(grid, 3, "bh2")
+    differ = (a.b - b.b).abs().amax(1) > 1e-12
+    assert differ.tolist() == [False, True, False, False, False, False, True, False]
+    differ = (a.c - b.c).abs().amax(1) > 1e-12
+    assert differ.tolist() == [True, False, False, False, False, False, False, False]
+    # bh2's second-order predictor is DPM-Solver++(2M).
+    torch.testing.assert_close(b.b[1], dpm_solver_pp(grid, 3).b[1], rtol=1e-12, atol=0)
+
+
+def test_gaussian_start_depends_on_its_seed_alone():
+    grid = time_logsnr(SD, 4)
+    assert torch.equal(gaussian(grid, 3, seed=1).b, gaussian(grid, 3, seed=1).b)
+    assert not torch.equal(gaussian(grid, 3, seed=1).b, gaussian(grid, 3, seed=2).b)
+
+
+@pytest.mark.parametrize("nfe", [1, 3, 5, 10])
+def test_parameters_are_counted_as_in_table_1(nfe):
+    grid = time_logsnr(SD, nfe)
+    for order in range(1, nfe + 1):
+        table = exponential_adams(grid, order)
+        assert count_parameters(table) == order * (2 * nfe + 1 - order) // 2
+        # The count is that of the numbers that a sample can depend on.
+        ones = torch.ones(nfe, order).tril()
+        assert count_parameters(table) == int(ones.sum())
+        assert count_parameters(unipc(grid, order)) == order * (2 * nfe + 1 - order)
+        assert count_parameters(table, time_dependent=False) == order * (order + 1) // 2
+
+
+def test_three_steps_of_order_three_have_six_parameters():
+    assert count_parameters(ipndm(time_logsnr(SD, 3), 3)) == 6
+
+
+def test_widening_a_table_leaves_the_solver_as_it_was(toy, noise):
+    grid, x_T = time_edm(EDM(), 6), 80 * noise(0, 4, 3)
+    for table in (ipndm(grid, 2), unipc(grid, 2)):
+        wide = table.widen(5)
+        assert wide.order == 5
+        a = solve(toy(EDM()), x_T, table, grid)
+        assert torch.equal(solve(toy(EDM()), x_T, wide, grid), a)
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "prediction", "words"),
+    [
+        (torch.ones(3), None, "noise", ["b must have shape"]),
+        (torch.ones(2, 3).tril(), None, "noise", ["order 3", "2"]),
+        (torch.ones(3, 2), None, "noise", ["b weighs", "not exist"]),
+        (torch.full((3, 2), math.nan).tril(), None, "noise", ["b must be finite"]),
+        (torch.ones(3, 2).tril(), torch.ones(3, 2).tril(), "data", ["c must have shape", "(3, 3)"]),
+        (torch.ones(3, 2).tril(), torch.ones(3, 3), "data", ["c weighs", "not exist"]),
+        (torch.ones(3, 2).tril(), None, "velocity", ["velocity", "noise", "data"]),
+    ],
+)
+def test_numbers_that_are_no_table_are_refused_in_one_sentence(
+    one_sentence, b, c, prediction, words
+):
+    with one_sentence(*words):
+        Coefficients(b.double(), c, prediction)
+
+
+@pytest.mark.parametrize("make", [*SOLVERS.values()], ids=[*SOLVERS])
+def test_an_impossible_order_is_refused_in_one_sentence(one_sentence, make):
+    grid = time_logsnr(SD, 3)
+    for order in (0, -1, 1.0, "2", True):
+        with one_sentence("order", "whole number"):
+            make(grid, order)
+    with one_sentence("order"):
+        make(grid, 7)
+    if make not in (ddim, ipndm, dpm_solver_pp):
+        with one_sentence("order 4", "4 steps", "raise nfe"):
+            make(grid, 4)
+
+
+def test_orders_beyond_the_published_are_refused_in_one_sentence(one_sentence):
+    grid = time_logsnr(SD, 8)
+    for make, highest in ((ddim, 1), (ipndm, 4), (dpm_solver_pp, 3)):
+        make(grid, highest)
+        with one_sentence(f"up to order {highest}"):
+            make(grid, highest + 1)
+
+
+def test_unknown_variants_and_forms_are_refused_in_one_sentence(one_sentence):
+    grid = time_logsnr(SD, 4)
+    with one_sentence("UniPC variant", "'bh3'", "bh1", "bh2"):
+        unipc(grid, 2, "bh3")
+    for make in (dpm_solver_pp, exponential_adams):
+        with one_sentence("prediction form", "'x0'", "noise", "data"):
+            make(grid, 2, "x0")
+
+
+# --- The loop ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5, 9])
+def test_a_sample_costs_exactly_N_calls(toy, noise, nfe):
+    grid = time_edm(EDM(), nfe)
+    for table in tables(grid).values():
+        counted = count_calls(toy(EDM()))
+        Solver(table, grid).sample(counted, 80 * noise(0, 2, 2))
+        assert counted.calls == nfe == Solver(table, grid).nfe
+
+
+def test_trajectory_runs_from_the_noise_to_the_sample(toy, noise):
+    grid, x_T = time_edm(EDM(), 5), 80 * noise(0, 4, 3)
+    solver = Solver(unipc(grid, 3), grid)
+    points = list(solver.trajectory(toy(EDM()), x_T))
+    assert len(points) == 6 and all(x.shape == x_T.shape for x in points)
+    assert torch.equal(points[0], x_T)
+    assert torch.equal(points[-1], solver.sample(toy(EDM()), x_T))
+
+
+@pytest.mark.parametrize("prediction", ["noise", "data"])
+@pytest.mark.parametrize("corrector", [False, True])
+def test_derivatives_of_the_solution_equal_finite_differences(toy, noise, prediction, corrector):
+    nfe, order = 4, 3
+    table = random_coefficients(noise, nfe, order, prediction, corrector)
+    schedule = EDM(T=3.0, t_min=0.1)
+    start = LearnedGrid.start_at(time_edm(schedule, nfe))
+    xi_c = 1e-2 * noise(3, nfe + 1)
+    mask_b, mask_c = torch.ones(nfe, order).tril(), torch.ones(nfe, order + 1).tril(1)
+
+    def solution(x_T, xi, xi_c, b, *c):
+        grid = LearnedGrid(schedule, xi, xi_c).grid()
+        coefficients = Coefficients(mask_b * b, mask_c * c[0] if c else None, prediction)
+        return torch.stack(list(trajectory(toy(schedule), x_T, coefficients, grid)))
+
+    inputs = [3 * noise(4, 2, 2), start.xi, xi_c, table.b] + ([table.c] if corrector else [])
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(solution, inputs, atol=1e-6, rtol=1e-5)
+
+
+def test_tables_follow_a_moving_grid_differentiably():
+    """Published coefficients are functions of the times; their derivatives are exact too."""
+    xi = torch.tensor([0.1, -0.2, 0.3, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros_like(xi)
+
+    def rows(xi):
+        grid = LearnedGrid(SD, xi, zero).grid()
+        return dpm_solver_pp(grid, 3).b, unipc(grid, 3).b, unipc(grid, 3).c, deis(grid, 3).b
+
+    assert torch.autograd.gradcheck(rows, (xi,), atol=1e-6, rtol=1e-5)
+
+
+def test_sampling_is_deterministic_and_keeps_the_dtype(toy, noise):
+    grid = time_edm(EDM(), 5)
+    solver, x_T = Solver(unipc(grid, 3), grid), 80 * noise(0, 4, 3)
+    x_0 = solver.sample(toy(EDM()), x_T)
+    assert torch.equal(solver.sample(toy(EDM()), x_T), x_0) and x_0.dtype == torch.float64
+    single = solver.sample(toy(EDM()), x_T.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), x_0, rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_needs_no_gradient_and_leaves_the_noise_alone(toy, noise):
+    grid, x_T = time_edm(EDM(), 4), (80 * noise(0, 4, 3)).requires_grad_()
+    table = ipndm(grid, 2)
+    before = x_T.detach().clone()
+    x_0 = Solver(replace(table, b=table.b.requires_grad_()), grid).sample(toy(EDM()), x_T)
+    assert not x_0.requires_grad and torch.equal(x_T, before)
+
+
+def test_a_sample_does_not_depend_on_its_batch(toy, noise):
+    grid, x_T = time_edm(EDM(), 5), 80 * noise(0, 6, 3)
+    solver = Solver(unipc(grid, 3), grid)
+    together = solver.sample(toy(EDM()), x_T)
+    apart = torch.cat([solver.sample(toy(EDM()), x) for x in x_T.split(1)])
+    torch.testing.assert_close(apart, together, rtol=1e-13, atol=1e-13)
+
+
+def test_a_seed_gives_the_same_noise_in_any_batch(mixture, one_sentence):
+    setup = mixture()
+    x_T = initial_noise(setup, range(10))
+    assert x_T.shape == (10, 2) and x_T.dtype == torch.float64
+    assert torch.equal(x_T[[7, 3]], initial_noise(setup, [7, 3]))
+    many = initial_noise(setup, range(2000))
+    assert many.std().item() == pytest.approx(80, rel=0.03)
+    assert many.mean().item() == pytest.approx(0, abs=4)
+    with one_sentence("at least one seed"):
+        initial_noise(setup, [])
+
+
+# --- What goes wrong, and the file -------------------------------------------------------------
+
+
+def test_table_and_grid_must_have_the_same_steps(one_sentence):
+    with one_sentence("4 rows", "5 steps"):
+        Solver(ddim(time_uniform(SD, 4)), time_uniform(SD, 5))
+
+
+def test_a_denoiser_of_another_schedule_is_refused_in_one_sentence(one_sentence, toy, noise):
+    grid = time_edm(EDM(), 4)
+    with one_sentence("EDM", "VPDiscrete", "schedule"):
+        Solver(ddim(grid), grid).sample(toy(SD), noise(0, 2, 2))
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[:, :1], lambda x: x[0], lambda x: x[..., None]])
+def test_a_denoiser_of_another_shape_is_refused_in_one_sentence(one_sentence, noise, wrong):
+    grid = time_edm(EDM(), 4)
+    with one_sentence("denoiser", "shape", "(2, 3)"):
+        Solver(ddim(grid), grid).sample(lambda x, t: wrong(x), noise(0, 2, 3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_sample_that_is_not_finite_names_its_step(one_sentence, noise, value):
+    grid, x_T = time_edm(EDM(), 4), noise(0, 2, 3)
+    solver = Solver(ddim(grid), grid)
+
+    def broken(x, t):
+        return x * value if t <= grid.t[2] else x / 2
+
+    with one_sentence("step 3 of 4", "NaN"):
+        solver.sample(broken, x_T)
+    with one_sentence("x_T itself"):
+        solver.sample(lambda x, t: x, x_T * value)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "data"])
+@pytest.mark.parametrize("corrector", [False, True])
+@pytest.mark.parametrize("schedule", [EDM(), SD, VPLinear()], ids=["EDM", "SD", "VP"])
+def test_a_saved_solver_samples_bit_identically(
+    toy, noise, tmp_path, schedule, prediction, corrector
+):
+    grid = LearnedGrid(schedule, noise(5, 6), noise(6, 6)).grid()
+    table = random_coefficients(noise, 5, 3, prediction, corrector)
+    solver = Solver(table, grid, {"note": "a \N{GREEK SMALL LETTER LAMDA}", "n": [1, 2.5, None]})
+    path = tmp_path / "solver.json"
+    solver.save(path)
+    again = Solver.load(path)
+    assert again.to_dict() == solver.to_dict() and again.provenance == solver.provenance
+    x_T = noise(7, 4, 3)
+    assert torch.equal(again.sample(toy(schedule), x_T), solver.sample(toy(schedule), x_T))
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+def test_solvers_are_equal_by_their_numbers(tmp_path):
+    grid = time_edm(EDM(), 5)
+    Solver(ipndm(grid, 3), grid, {"note": "saved"}).save(tmp_path / "solver.json")
+    assert Solver(ipndm(grid, 3), grid) == Solver.load(tmp_path / "solver.json")
+    assert Solver(ipndm(grid, 3), grid) != Solver(ipndm(grid, 2), grid)
+    assert Solver(unipc(grid, 3), grid) != Solver(unipc(grid, 3, corrector=False), grid)
+    other = time_logsnr(EDM(), 5)
+    assert Solver(ipndm(grid, 3), grid) != Solver(ipndm(other, 3), other)
+
+
+def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
+    grid = time_edm(EDM(), 5)
+    path = tmp_path / "deep" / "solver.json"
+    Solver(ipndm(grid, 3), grid).save(path)
+    before = path.read_bytes()
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, full_disk)
+            with pytest.raises(OSError, match="no space"):
+                Solver(ddim(grid), grid).save(path)
+        assert path.read_bytes() == before
+        assert [p.name for p in path.parent.iterdir()] == ["solver.json"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The entries of a good file, and a function that writes changed ones."""
+    grid = time_edm(EDM(), 4)
+    path = tmp_path / "solver.json"
+    Solver(unipc(grid, 2), grid).save(path)
+
+    def write(content: str | bytes | dict):
+        if isinstance(content, dict):
+            content = json.dumps(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return json.loads(path.read_text()), write
+
+
+def test_a_good_file_loads(saved):
+    entries, write = saved
+    assert Solver.load(write(entries)).to_dict() == entries
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("format", "another", ["format", "s4s-solver"]),
+        ("format", None, ["format", "s4s-solver"]),
+        ("version", 2, ["version 2", "version 1"]),
+        ("version", None, ["version"]),
+        ("prediction", "x0", ["prediction form", "x0", "noise"]),
+        ("prediction", 3, ["prediction form"]),
+        ("schedule", {"name": "Cosine"}, ["Cosine", "EDM"]),
+        ("schedule", "EDM", ["mapping"]),
+        ("schedule", {"name": "VPLinear"}, ["VPLinear", "T = 1.0"]),
+        ("t", [80.0, 10.0, 20.0, 1.0, 0.002], ["fall strictly"]),
+        ("t", [80.0, 10.0, math.nan, 1.0, 0.002], ["finite"]),
+        ("t", [80.0, 10.0, 1.0, 0.002], ["t_model", "shapes"]),
+        ("t", 80.0, ["shapes"]),
+        ("t", None, ["t must be", "numbers"]),
+        ("t", ["80", "1"], ["t must be", "numbers"]),
+        ("t", [10**400, 1], ["t must be", "numbers"]),
+        ("t_model", {"0": 80}, ["t_model must be", "numbers"]),
+        ("b", [[1.0], [1.0, 0.5]], ["b must be", "rectangular"]),
+        ("b", [[1.0, 0.5]] * 4, ["b weighs", "not exist"]),
+        ("b", [[math.inf, 0.0]] * 4, ["b must be finite"]),
+        ("b", [1.0, 2.0], ["b must have shape"]),
+        ("b", [[1.0]] * 3, ["c must have shape"]),
+        ("b", "[[1.0]]", ["b must be", "numbers"]),
+        ("c", [[1.0]] * 4, ["c must have shape"]),
+        ("provenance", "mine", ["provenance"]),
+    ],
+)
+def test_a_file_with_a_wrong_entry_is_refused_in_one_sentence(
+    one_sentence, saved, key, value, words
+):
+    entries, write = saved
+    with one_sentence("solver.json", *words):
+        Solver.load(write({**entries, key: value}))
+
+
+@pytest.mark.parametrize("key", "prediction schedule t t_model b c provenance".split())
+def test_a_file_without_an_entry_is_refused_in_one_sentence(one_sentence, saved, key):
+    entries, write = saved
+    del entries[key]
+    with one_sentence("solver.json", "lacks", key):
+        Solver.load(write(entries))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[1, 2]",
+        b"null",
+        b"not JSON\nat all",
+        b"\x80\x04\x95pickle",
+        b"\xff\xfe" + bytes(range(256)),
+        b"PK\x03\x04zip",
+        b"[" * 100_000,
+    ],
+    ids="empty list null text pickle binary zip nested".split(),
+)
+def test_a_file_that_is_something_else_is_refused_in_one_sentence(one_sentence, saved, content):
+    _, write = saved
+    with one_sentence("solver.json"):
+        Solver.load(write(content))
+
+
+def test_a_truncated_file_is_refused_in_one_sentence(one_sentence, saved):
+    entries, write = saved
+    text = json.dumps(entries, indent=1)
+    for length in range(0, len(text) - 1, 97):
+        with one_sentence("solver.json"):
+            Solver.load(write(text[:length]))
+
+
+def test_a_missing_file_or_a_folder_is_refused_in_one_sentence(one_sentence, tmp_path):
+    with one_sentence("nowhere.json"):
+        Solver.load(tmp_path / "nowhere.json")
+    with one_sentence(tmp_path.name):
+        Solver.load(tmp_path)
+
+
+def test_loading_executes_nothing(saved):
+    """A file from a stranger is data: a pickle that would create a file does not."""
+    _, write = saved
+    path = write(b"cos\nmkdir\n(S'owned'\ntR.")
+    with pytest.raises(s4s.UsageError):
+        Solver.load(path)
+    assert not (path.parent / "owned").exists() and not os.path.exists("owned")
