@@ -9,7 +9,7 @@ from .base import UsageError, one_of
 from .schedule import NoiseSchedule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TimeGrid:
     """N + 1 times from T down to t_min; N network calls, one at each of the first N.
 
@@ -115,7 +115,7 @@ GRIDS = {
 VARIABLES = ("lam", "t")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LearnedGrid:
     """The learnable time steps Xi = {xi, xi_c} of App. E.
 

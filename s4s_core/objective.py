@@ -1,7 +1,6 @@
 """What is minimised: the distance to the teacher's end point, with a little freedom in x_T."""
 
 from collections.abc import Callable
-from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -22,11 +21,11 @@ def l2(x: Tensor, target: Tensor) -> Tensor:
 SMALLEST_SIDE = {"vgg": 16, "squeeze": 17, "alex": 31}
 
 
-def lpips_distance(net: str = "vgg", resize: int | None = None, device="cpu") -> Distance:
+def lpips_distance(net: str = "vgg", resize: int = 0, device="cpu") -> Distance:
     """LPIPS v0.1 (Zhang et al. 2018) as a distance between (B, C, H, W) images in [-1, 1].
 
-    `resize` enlarges both images bilinearly first, for models too small for the trunk; one
-    channel is repeated to three. The trunk's ImageNet weights come from torchvision's cache
+    `resize` (0: none) enlarges both images bilinearly to that side first, for models too small
+    for the trunk; one channel is repeated to three. The trunk's ImageNet weights come from torchvision's cache
     ($TORCH_HOME/hub/checkpoints). Raises UsageError if they cannot be had, if the `lpips` extra
     is missing, or for images smaller than the trunk allows.
     """
@@ -40,23 +39,25 @@ def lpips_distance(net: str = "vgg", resize: int | None = None, device="cpu") ->
         ) from None
     try:
         metric = lpips.LPIPS(net=net, verbose=False).to(device).requires_grad_(False).eval()
-    except URLError as error:
+    except (OSError, RuntimeError) as error:  # no connection, no such file, a wrong hash
         raise UsageError(
-            f"the LPIPS trunk {net!r} could not be downloaded ({error.reason}): put torchvision's "
-            f"file into {torch.hub.get_dir()}/checkpoints by hand, or set distance to l2"
+            f"the LPIPS trunk {net!r} could not be had ({str(error).splitlines()[0]}): put "
+            f"torchvision's file into {torch.hub.get_dir()}/checkpoints by hand, or set distance "
+            "to l2"
         ) from None
 
     def distance(x: Tensor, target: Tensor) -> Tensor:
         side = resize or min(x.shape[-2:])
-        if x.ndim != 4 or side < SMALLEST_SIDE[net]:
+        if x.ndim != 4 or x.shape[1] not in (1, 3) or side < SMALLEST_SIDE[net]:
             raise UsageError(
-                f"LPIPS {net!r} needs images of at least {SMALLEST_SIDE[net]} pixels a side, "
-                f"not {tuple(x.shape[1:])}: give lpips_resize, another lpips_net, or distance l2"
+                f"LPIPS {net!r} needs images of 1 or 3 channels and at least {SMALLEST_SIDE[net]} "
+                f"pixels a side, not {tuple(x.shape[1:])}: give lpips_resize, another lpips_net, "
+                "or distance l2"
             )
 
         def prepare(image: Tensor) -> Tensor:
             image = image.float().expand(-1, 3, -1, -1)
-            if resize is None:
+            if not resize:
                 return image
             return torch.nn.functional.interpolate(image, size=(resize, resize), mode="bilinear")
 

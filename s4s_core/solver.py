@@ -26,7 +26,7 @@ from .schedule import schedule_from_dict
 PREDICTIONS = ("noise", "data")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Coefficients:
     """The coefficients phi of a k-step linear multistep solver over N steps.
 
@@ -327,22 +327,28 @@ def solve(denoiser, x_T: Tensor, coefficients: Coefficients, grid: TimeGrid) -> 
     return deque(trajectory(denoiser, x_T, coefficients, grid), maxlen=1).pop()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solver:
     """Coefficients on a grid: all that sampling needs, and a small JSON file.
 
-    `provenance` says how it was made (dataset, checkpoint, teacher, settings, metrics).
+    `provenance` says how it was made (dataset, checkpoint, teacher, settings, metrics); solvers
+    that differ in nothing else are equal.
     Raises UsageError if the table and the grid have different numbers of steps.
     """
 
     coefficients: Coefficients
     grid: TimeGrid
-    provenance: dict = field(default_factory=dict, compare=False)
+    provenance: dict = field(default_factory=dict)
 
     def __post_init__(self):
         rows, steps = len(self.coefficients.b), self.grid.nfe
         if rows != steps:
             raise UsageError(f"the table has {rows} rows but the grid has {steps} steps")
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Solver):
+            return NotImplemented
+        return self.to_dict() | {"provenance": 0} == other.to_dict() | {"provenance": 0}
 
     @property
     def nfe(self) -> int:
@@ -405,6 +411,8 @@ class Solver:
         missing = {"prediction", "schedule", "t", "t_model", "b", "c", "provenance"} - set(entries)
         if missing:
             raise UsageError(f"the solver lacks {', '.join(sorted(missing))}")
+        if not isinstance(entries["provenance"], dict):
+            raise UsageError(f"provenance must be an object, not {entries['provenance']!r}")
         coefficients = Coefficients(
             _numbers("b", entries["b"]),
             None if entries["c"] is None else _numbers("c", entries["c"]),
@@ -430,10 +438,10 @@ class Solver:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UsageError(f"{path} is not a readable solver file ({error})") from None
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
+            raise UsageError(f"{path} is not a readable solver file ({error})") from None
 
 
 FORMAT, VERSION = "s4s-solver", 1
@@ -443,5 +451,5 @@ def _numbers(name: str, values) -> Tensor:
     """A float64 tensor from nested lists of JSON numbers."""
     try:
         return torch.tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise UsageError(f"{name} must be a rectangular list of numbers") from None

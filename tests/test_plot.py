@@ -162,3 +162,37 @@ def test_style_stays_local():
     ax = plot.plot_losses(epochs(["phi"]))
     assert ax.figure.dpi == 80
     assert dict(matplotlib.rcParams) == before
+
+
+ROWS = [
+    {"method": m, "order": k, "nfe": n, "seed": seed, "frechet": float(k + n + seed)}
+    for m in ("S4S", "none") for k in (3, 4) for n in (4, 6) for seed in (0, 1)
+    if (m, k, n) != ("none", 4, 4)
+]  # fmt: skip
+
+
+def test_a_table_shows_mean_and_half_range_and_dashes_where_nothing_ran():
+    lines = str(plot.table(ROWS, index=("method", "order"))).splitlines()
+    assert lines[0] == "| method | order | NFE 4 | NFE 6 |"
+    assert lines[2] == "| S4S | 3 | 7.50 ± 0.50 | 9.50 ± 0.50 |"
+    assert lines[-1] == "| none | 4 | - | 10.50 ± 0.50 |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_compare_names_the_best_and_says_whether_the_seeds_agree():
+    wide = [row | {"frechet": 10 * row["order"] + row["seed"]} for row in ROWS]
+    lines = str(plot.compare(wide, by="order")).splitlines()
+    assert "| S4S | 4 | 3 | 4 | 30.500 | 40.500 | yes |" in lines
+    overlapping = str(plot.compare(ROWS, by="order")).splitlines()
+    assert "| S4S | 4 | 3 | 4 | 7.500 | 8.500 | no |" in overlapping
+    assert not any(line.startswith("| none | 4 |") for line in lines)  # one order alone
+
+
+def test_save_writes_the_figure_and_its_rows_and_nothing_for_an_empty_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    figure = plot.plot_metric(ROWS, by=("method", "order")).figure
+    plot.save(figure, "")
+    assert not list(tmp_path.iterdir())
+    plot.save(figure, "order.svg", ROWS)
+    assert (tmp_path / "order.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "order.csv").read_text().splitlines()[1] == "S4S,3,4,0,7.0"

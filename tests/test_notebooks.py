@@ -1,0 +1,61 @@
+"""The long notebooks through papermill, at the smallest scale and from another folder.
+
+nbval runs the short ones at their defaults; those of the long ones are full tables.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+SMALL = {"seeds": [0], "fid_samples": 100, "epochs": 1, "n_train": 40}
+LONG = {
+    "ablation_order": SMALL | {"orders": [1, 2], "nfes": [2, 3], "rounds": 1, "n_train_alt": 40},
+    "train_solver": SMALL | {"grids": ["edm", "logsnr"], "nfes": [3]},
+}
+
+
+def papermill(tmp_path, name: str, **parameters) -> tuple[subprocess.CompletedProcess, Path]:
+    """Run a notebook from tmp_path with a cache of its own; the process and the output's path."""
+    out = tmp_path / f"{name}.ipynb"
+    command = [sys.executable, "-m", "papermill", NOTEBOOKS / f"{name}.ipynb", out]
+    for key, value in parameters.items():
+        command += ["-y", f"{key}: {value}"]
+    environment = {**os.environ, "S4S_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return done, out
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_long_notebooks_run_from_another_folder(tmp_path, name):
+    done, out = papermill(tmp_path, name, **LONG[name])
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = str([cell.get("outputs") for cell in nbformat.read(out, 4).cells])
+    assert "image/png" in outputs and "| method | order |" in outputs or name != "ablation_order"
+    assert "seeds 0 to 99" in outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "sentence"),
+    [
+        ("ablation_order", {"dataset": "ffhq"}, "unknown dataset 'ffhq'; choose one of: digits"),
+        ("ablation_order", {"epochs": "'1e-4'"}, "epochs must be of type int, not '1e-4'"),
+        ("ablation_order", {"orders": "[0]"}, "order must be a whole number of at least 1"),
+        ("train_solver", {"grids": "[edn]"}, "unknown grid 'edn'; choose one of: edm"),
+        ("train_solver", {"nfes": "[2]"}, "order 3 needs at least 3 network calls, not nfe = 2"),
+        ("00_tour", {"dataset": "fhq"}, "unknown dataset 'fhq'"),
+        ("00_tour", {"nfe": 0}, "nfe must be a whole number of at least 1, not 0"),
+        ("00_tour", {"order": 9}, "published up to order 4, not 9"),
+    ],
+)
+def test_a_slip_in_a_parameter_is_one_sentence_without_internals(
+    tmp_path, name, parameters, sentence
+):
+    done, _ = papermill(tmp_path, name, **parameters)
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert "s4s_core/" not in done.stderr
