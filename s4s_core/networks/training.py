@@ -37,21 +37,27 @@ def held_out_split(n, fraction=0.2, seed=0):
     return order[n_held_out:], order[:n_held_out]
 
 
-def train_denoiser(images, steps, batch=256, lr=2e-3, warmup=500, ema_images=50_000, seed=0,
+def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=500, ema_images=50_000, seed=0,
                    every=50, checkpoint="", **unet):  # fmt: skip
     """Train D(x, sigma) on `images` (n, C, H, W); yield `Record(step, loss, EMA network)`.
 
     EDM's recipe (Karras et al. 2022, Table 1): ln sigma ~ N(-1.2, 1.2^2), loss weight
     lambda(sigma) = 1 / c_out(sigma)^2, Adam, and an exponential moving average (EMA) of the
     weights with a half-life of `ema_images` images, shorter at the start. The learning rate rises
-    over `warmup` steps, then falls to zero along a cosine. No flips: a mirrored digit is no digit.
-    `unet` goes to `UNet`. The loss is the mean since the last record, near 1 before training; the
-    network is the running average itself, not a copy.
+    over `warmup` steps (at most a tenth of all) and falls to zero along a cosine. No flips: a
+    mirrored digit is no digit. `unet` goes to `UNet`. The loss is the mean since the last record,
+    near 1 before training; the network is the running average itself, not a copy.
 
     All random numbers of a step follow from (seed, step) alone, so a run that continues from the
     file `checkpoint` (written at every record, used if it is there) ends as if it had never
-    stopped.
+    stopped. Raises UsageError for data that are no images, and for a checkpoint of another run.
     """
+    if images.ndim != 4 or min(steps, batch) < 1:
+        raise UsageError(
+            "training needs images (n, C, H, W) and at least one step and one image a step, "
+            f"not {tuple(images.shape)}, {steps} steps and {batch} images"
+        )
+    warmup = max(1, min(warmup, steps // 10))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = EDMPrecond(images.std().item(), in_channels=images.shape[1], **unet)
@@ -63,7 +69,7 @@ def train_denoiser(images, steps, batch=256, lr=2e-3, warmup=500, ema_images=50_
     start = _restore(checkpoint, run, net, ema, adam) if checkpoint else 0
     losses = []
     for step in progress(range(start, steps), desc="training", initial=start, total=steps):
-        rise = min((step + 1) / warmup, 1.0) if warmup else 1.0
+        rise = min((step + 1) / warmup, 1.0)
         adam.param_groups[0]["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + step)
