@@ -25,9 +25,9 @@ def lpips_distance(net: str = "vgg", resize: int = 0, device="cpu") -> Distance:
     """LPIPS v0.1 (Zhang et al. 2018) as a distance between (B, C, H, W) images in [-1, 1].
 
     `resize` (0: none) enlarges both images bilinearly to that side first, for models too small
-    for the trunk; one channel is repeated to three. The trunk's ImageNet weights come from torchvision's cache
-    ($TORCH_HOME/hub/checkpoints). Raises UsageError if they cannot be had, if the `lpips` extra
-    is missing, or for images smaller than the trunk allows.
+    for the trunk; one channel is repeated to three. The trunk's ImageNet weights come from
+    torchvision's cache ($TORCH_HOME/hub/checkpoints). Raises UsageError if they cannot be had, if
+    the `lpips` extra is missing, or for images smaller than the trunk allows.
     """
     one_of("LPIPS network", net, SMALLEST_SIDE)
     try:
