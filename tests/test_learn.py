@@ -1,0 +1,526 @@
+"""Learning: what each algorithm moves, what it leaves alone, and that it helps on unseen noise."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from s4s_core import (
+    EDM,
+    Coefficients,
+    LearnedGrid,
+    LearningDiverged,
+    Solver,
+    TeacherSet,
+    TimeGrid,
+    VPLinear,
+    initial_noise,
+    ipndm,
+    learn_alternating,
+    learn_coefficients,
+    learn_jointly,
+    learn_times,
+    make_teacher_set,
+    radius,
+    relaxed_loss,
+    time_edm,
+    time_logsnr,
+    unipc,
+)
+
+ALGORITHMS = [learn_coefficients, learn_times, learn_alternating, learn_jointly]
+every_algorithm = pytest.mark.parametrize("learn", ALGORITHMS, ids=lambda f: f.__name__)
+
+
+@pytest.fixture
+def problem(mixture):
+    """`problem(nfe=4, order=3, **settings)`: an iPNDM solver, a setup and its teacher set."""
+
+    def make(nfe: int = 4, order: int = 3, **settings):
+        setup = mixture(**settings)
+        grid = time_logsnr(setup.schedule, nfe)
+        return Solver(ipndm(grid, order), grid), setup, make_teacher_set(setup)
+
+    return make
+
+
+def loss_of(solver: Solver, setup, pairs) -> float:
+    """Eq. 6 over pairs."""
+    return relaxed_loss(setup.denoiser, solver.coefficients, solver.grid, *pairs).mean().item()
+
+
+class Recorder:
+    """A denoiser that keeps the x'_T at which gradients are taken, in order."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.schedule, self.starts = denoiser, denoiser.schedule, []
+
+    def __call__(self, x, t):
+        if t > 0.999 * self.schedule.T and torch.is_grad_enabled():
+            self.starts.append(x.detach().clone())
+        return self.denoiser(x, t)
+
+
+def recorded(setup):
+    return replace(setup, denoiser=Recorder(setup.denoiser))
+
+
+def distances_to_nearest(x, candidates):
+    return (x[:, None] - candidates).norm(dim=2).min(1).values
+
+
+# --- The data ----------------------------------------------------------------------------------
+
+
+def test_teacher_set_pairs_noise_with_the_teachers_samples(mixture):
+    setup = mixture(n_train=5, n_valid=3)
+    teacher = make_teacher_set(setup)
+    assert teacher.x_T.shape == teacher.x_0.shape == (8, 2)
+    assert [len(x) for x in (*teacher.train, *teacher.valid)] == [5, 5, 3, 3]
+    assert torch.equal(torch.cat([teacher.train[0], teacher.valid[0]]), teacher.x_T)
+    assert torch.equal(setup.teacher.sample(setup.denoiser, teacher.x_T), teacher.x_0)
+    # An accurate solver lands on the data: no farther from a mean than five deviations.
+    assert distances_to_nearest(teacher.x_0, setup.denoiser.means).max() < 0.5
+
+
+def test_teacher_sets_share_no_noise_with_each_other_or_with_evaluation(mixture):
+    setup = mixture(teacher_nfe=3)
+    sets = [make_teacher_set(setup, 4, 4, seed).x_T for seed in range(3)]
+    noise = torch.cat([*sets, initial_noise(setup, range(100))])
+    assert len(noise.unique(dim=0)) == len(noise)
+    assert torch.equal(make_teacher_set(setup, 4, 4, 1).x_T, sets[1])
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (600_000, 600_000)])
+def test_impossible_sizes_of_a_teacher_set_are_refused_in_one_sentence(
+    mixture, one_sentence, sizes
+):
+    with one_sentence("n_train", "n_valid", str(sizes[0])):
+        make_teacher_set(mixture(), *sizes)
+
+
+@pytest.mark.parametrize("seed", [-1, 1000])
+def test_impossible_seeds_of_a_teacher_set_are_refused_in_one_sentence(mixture, one_sentence, seed):
+    with one_sentence("seed", "999", str(seed)):
+        make_teacher_set(mixture(), seed=seed)
+
+
+# --- What every algorithm has in common --------------------------------------------------------
+
+
+@every_algorithm
+def test_epoch_zero_is_the_untouched_solver(problem, learn):
+    solver, setup, teacher = problem()
+    first = next(learn(solver, setup, teacher))
+    assert first.index == 0 and first.phase == "start" and first.accepted == 0
+    assert first.solver == solver and first.best == solver
+    assert first.train_loss == pytest.approx(loss_of(solver, setup, teacher.train), rel=1e-12)
+    assert first.valid_loss == pytest.approx(loss_of(solver, setup, teacher.valid), rel=1e-12)
+
+
+@every_algorithm
+def test_validation_is_at_the_noise_that_sampling_uses(problem, learn):
+    solver, setup, teacher = problem(gamma=1.0)
+    for epoch in learn(solver, setup, teacher):
+        expected = loss_of(epoch.solver, setup, teacher.valid)
+        assert epoch.valid_loss == pytest.approx(expected, rel=1e-10)
+
+
+@every_algorithm
+def test_best_is_the_solver_of_the_smallest_validation_loss(problem, learn):
+    # A rate so large that some epochs are worse than the start.
+    solver, setup, teacher = problem(lr_phi=0.3, lr_xi=0.05, epochs=5)
+    epochs = []
+    for epoch in learn(solver, setup, teacher):
+        epochs.append(epoch)
+        champion = min(epochs, key=lambda e: e.valid_loss)
+        assert epoch.best == champion.solver
+    losses = [e.valid_loss for e in epochs]
+    assert loss_of(epochs[-1].best, setup, teacher.valid) <= losses[0]
+    assert any(b > a for a, b in zip(losses, losses[1:], strict=False))
+
+
+@every_algorithm
+def test_learning_is_deterministic_in_its_seed(problem, learn):
+    solver, setup, teacher = problem()
+    a, b, c = ([e for e in learn(solver, setup, teacher, seed=s)] for s in (1, 1, 2))
+    assert [e.train_loss for e in a] == [e.train_loss for e in b]
+    assert [e.accepted for e in a] == [e.accepted for e in b]
+    assert a[-1].solver == b[-1].solver
+    assert a[-1].solver != c[-1].solver
+
+
+@every_algorithm
+def test_learning_changes_neither_its_solver_nor_its_data(problem, learn):
+    solver, setup, teacher = problem(gamma=1.0)
+    before = solver.to_dict(), teacher.x_T.clone(), teacher.x_0.clone()
+    *_, last = learn(solver, setup, teacher)
+    assert last.solver != solver
+    assert solver.to_dict() == before[0] and not solver.coefficients.b.requires_grad
+    assert torch.equal(teacher.x_T, before[1]) and torch.equal(teacher.x_0, before[2])
+    assert not last.best.coefficients.b.requires_grad and not last.best.grid.t.requires_grad
+
+
+@every_algorithm
+def test_learned_solvers_are_valid_and_survive_a_file(problem, learn, tmp_path, noise):
+    solver, setup, teacher = problem()
+    *_, last = learn(solver, setup, teacher)
+    assert not last.best.coefficients.b.triu(1).any()
+    last.best.save(tmp_path / "solver.json")
+    x_T = 80 * noise(0, 5, 2)
+    again = Solver.load(tmp_path / "solver.json")
+    assert torch.equal(again.sample(setup.denoiser, x_T), last.best.sample(setup.denoiser, x_T))
+
+
+@every_algorithm
+def test_rematerialization_learns_the_same_numbers(problem, learn):
+    solver, setup, teacher = problem()
+    *_, plain = learn(solver, setup, teacher, rematerialize=False)
+    *_, again = learn(solver, setup, teacher, rematerialize=True)
+    for a, b in zip(values(plain.solver), values(again.solver), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def values(solver: Solver):
+    return solver.coefficients.b, solver.grid.t, solver.grid.t_model
+
+
+# --- Which block moves when --------------------------------------------------------------------
+
+
+def test_coefficients_are_learned_on_a_grid_that_stays_to_the_last_bit(problem):
+    solver, setup, teacher = problem()
+    # Offsets larger than learned times would be allowed.
+    scale = torch.tensor([1, 1.9, 0.4, 1.3, 1], dtype=torch.float64)
+    grid = TimeGrid(setup.schedule, solver.grid.t, solver.grid.t * scale)
+    *_, last = learn_coefficients(Solver(solver.coefficients, grid), setup, teacher)
+    assert torch.equal(last.solver.grid.t, grid.t)
+    assert torch.equal(last.solver.grid.t_model, grid.t_model)
+    assert (last.solver.coefficients.b != solver.coefficients.b)[solver.coefficients.b != 0].all()
+
+
+@pytest.mark.parametrize("variable", ["lam", "t"])
+def test_times_are_learned_with_coefficients_that_stay_to_the_last_bit(problem, variable):
+    solver, setup, teacher = problem(grid_variable=variable)
+    *_, last = learn_times(solver, setup, teacher)
+    assert torch.equal(last.solver.coefficients.b, solver.coefficients.b)
+    grid = last.solver.grid
+    assert (grid.t[1:-1] != solver.grid.t[1:-1]).all()
+    assert (grid.t_model[1:-1] != grid.t[1:-1]).all()
+    ends = torch.tensor([setup.schedule.T, setup.schedule.t_min], dtype=torch.float64)
+    torch.testing.assert_close(grid.t[[0, -1]], ends, rtol=1e-12, atol=0)
+
+
+def test_without_offsets_the_networks_times_are_the_grids(problem):
+    solver, setup, teacher = problem(lr_xi_c=0.0)
+    *_, last = learn_times(solver, setup, teacher)
+    assert torch.equal(last.solver.grid.t_model, last.solver.grid.t)
+
+
+@pytest.mark.parametrize("first", ["phi", "xi"])
+def test_alternation_runs_its_phases_in_order(problem, first):
+    solver, setup, teacher = problem(rounds=3, phase_epochs=2, first_phase=first)
+    epochs = list(learn_alternating(solver, setup, teacher))
+    second = {"phi": "xi", "xi": "phi"}[first]
+    assert [e.phase for e in epochs] == ["start"] + [first, first, second, second] * 3
+    assert [e.index for e in epochs] == list(range(13))
+
+
+@pytest.mark.parametrize("first", ["phi", "xi"])
+def test_a_phase_moves_its_own_block_only_from_the_best_so_far(problem, first):
+    solver, setup, teacher = problem(rounds=3, phase_epochs=2, first_phase=first)
+    before, moved = None, set()
+    previous = None
+    for epoch in learn_alternating(solver, setup, teacher):
+        if previous is not None and epoch.phase != previous.phase:
+            before = previous.best
+        if epoch.phase == "phi":
+            for a, b in zip(values(epoch.solver)[1:], values(before)[1:], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+        if epoch.phase == "xi":
+            assert torch.equal(epoch.solver.coefficients.b, before.coefficients.b)
+        if previous is not None and epoch.solver != previous.solver:
+            moved.add(epoch.phase)
+        previous = epoch
+    assert moved == {"phi", "xi"}
+
+
+def test_joint_learning_moves_both_blocks_for_as_many_passes_as_alternating(problem):
+    solver, setup, teacher = problem(rounds=3, phase_epochs=2)
+    epochs = list(learn_jointly(solver, setup, teacher))
+    assert [e.phase for e in epochs] == ["start"] + ["phi+xi"] * 12
+    assert all(
+        (a != b).any() for a, b in zip(values(epochs[1].solver), values(solver), strict=True)
+    )
+
+
+def test_corrector_rows_are_learned_too(problem):
+    solver, setup, teacher = problem()
+    table = unipc(solver.grid, 3, "bh2")
+    *_, last = learn_coefficients(Solver(table, solver.grid), setup, teacher)
+    learned = last.solver.coefficients
+    assert learned.prediction == "data"
+    used = torch.ones_like(table.c, dtype=torch.bool).tril(1)
+    used[-1] = False
+    assert (learned.c != table.c)[used].all()
+    assert torch.equal(learned.c[~used], table.c[~used])
+    assert (learned.b != table.b)[torch.ones_like(table.b, dtype=torch.bool).tril()].all()
+
+
+@pytest.mark.parametrize("corrector", [False, True])
+def test_shared_rows_stay_equal(problem, corrector):
+    solver, setup, teacher = problem(nfe=6, time_dependent=False)
+    table = unipc(solver.grid, 2, corrector=corrector)
+    for epoch in learn_coefficients(Solver(table, solver.grid), setup, teacher):
+        learned = epoch.solver.coefficients
+        assert (learned.b[1:] == learned.b[1]).all()
+        if corrector:
+            assert (learned.c[1:] == learned.c[1]).all()
+    start = next(learn_coefficients(Solver(table, solver.grid), setup, teacher)).solver
+    expected = table.b[1:].mean(0)
+    torch.testing.assert_close(start.coefficients.b[1], expected, rtol=1e-12, atol=1e-12)
+    if corrector:  # its last row is never used and says nothing about the others
+        expected = table.c[1:-1].mean(0)
+        torch.testing.assert_close(start.coefficients.c[1], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_shared_rows_of_a_constant_table_start_at_the_table(problem):
+    solver, setup, teacher = problem(nfe=6, time_dependent=False)
+    first = next(learn_coefficients(solver, setup, teacher))
+    assert first.valid_loss == pytest.approx(loss_of(solver, setup, teacher.valid), rel=1e-9)
+
+
+def test_room_for_a_higher_order_starts_exactly_at_the_published_solver(problem):
+    solver, setup, teacher = problem(nfe=5, order=2)
+    wide = Solver(solver.coefficients.widen(4), solver.grid)
+    narrow_epoch, wide_epoch = (next(learn_coefficients(s, setup, teacher)) for s in (solver, wide))
+    assert wide_epoch.valid_loss == narrow_epoch.valid_loss
+    assert wide_epoch.train_loss == narrow_epoch.train_loss
+    *_, last = learn_coefficients(wide, setup, teacher)
+    assert (last.solver.coefficients.b[3:, 2:] != 0).all()
+
+
+# --- The relaxed objective ---------------------------------------------------------------------
+
+
+@every_algorithm
+def test_radius_zero_is_equation_six(problem, learn):
+    solver, setup, teacher = problem(gamma=0.0)
+    setup = recorded(setup)
+    epochs = list(learn(solver, setup, teacher))
+    assert all(e.accepted == 0 for e in epochs)
+    starts = torch.cat(setup.denoiser.starts)
+    assert len(starts) == 24 * (len(epochs) - 1)
+    # Not one x'_T ever leaves its x_T, to the last bit.
+    assert len(torch.cat([starts, teacher.train[0]]).unique(dim=0)) == 24
+
+
+@every_algorithm
+@pytest.mark.parametrize("accept", [False, True])
+def test_relaxed_starts_stay_in_their_ball(problem, learn, accept):
+    solver, setup, teacher = problem(epochs=4, accept_if_better=accept, lr_x=60.0)
+    setup = recorded(setup)
+    epochs = list(learn(solver, setup, teacher))
+    r = radius(setup.params.gamma, d=2, m=3 * 4 - 3) * setup.schedule.T
+    away = distances_to_nearest(torch.cat(setup.denoiser.starts), teacher.train[0])
+    assert away.max() <= r * (1 + 1e-9)
+    assert away.max() > 0.9 * r  # the bound is one that is met
+    assert all(0 <= e.accepted <= 1 for e in epochs) and epochs[1].accepted > 0
+
+
+def test_relaxed_starts_are_kept_from_epoch_to_epoch_and_phase_to_phase(problem):
+    solver, setup, teacher = problem(lr_x=0.01, gamma=10.0, rounds=2)
+    setup = recorded(setup)
+    list(learn_alternating(solver, setup, teacher))
+    passes = torch.cat(setup.denoiser.starts).split(24)
+    away = [distances_to_nearest(x, teacher.train[0]).mean().item() for x in passes]
+    assert away[0] == 0 and all(b > a for a, b in zip(away, away[1:], strict=False))
+
+
+def test_relaxation_makes_the_objective_easier(problem):
+    """With the solver held still, moving x'_T only lowers its loss, and accepted moves never
+    raise it."""
+    solver, setup, teacher = problem(lr_phi=1e-9, epochs=6, gamma=0.1)
+    losses = [e.train_loss for e in learn_coefficients(solver, setup, teacher)]
+    assert losses[-1] < 0.999 * losses[0]
+    careful = learn_coefficients(solver, setup, teacher, accept_if_better=True, lr_x=1e4)
+    losses = [e.train_loss for e in careful]
+    assert all(b <= a * (1 + 1e-6) for a, b in zip(losses[1:], losses[2:], strict=False))
+
+
+# --- The gradient step -------------------------------------------------------------------------
+
+
+def finite_difference(f, x, h: float = 1e-6):
+    """Central differences of a scalar function at every entry of x."""
+    gradient = torch.zeros_like(x)
+    for i in range(x.numel()):
+        moved = torch.zeros_like(x).view(-1)
+        moved[i] = h
+        moved = moved.view_as(x)
+        gradient.view(-1)[i] = (f(x + moved) - f(x - moved)) / (2 * h)
+    return gradient
+
+
+def test_one_step_follows_the_gradient_of_every_block(problem, monkeypatch):
+    solver, setup, teacher = problem(batch_size_alt=24, grad_clip=1e9, gamma=0.0)
+    solver = Solver(unipc(solver.grid, 2), solver.grid)
+    seen = []
+
+    def remember(optimiser, *_):
+        seen.extend(p.grad.clone() for group in optimiser.param_groups for p in group["params"])
+
+    for optimiser in (torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD):
+        monkeypatch.setattr(optimiser, "step", remember)
+    epochs = learn_jointly(solver, setup, teacher)
+    next(epochs), next(epochs)
+    table, start = solver.coefficients, LearnedGrid.start_at(solver.grid)
+    mask_b = torch.ones_like(table.b).tril()
+    mask_c = torch.ones_like(table.c).tril(1)
+    mask_c[-1] = 0
+
+    def loss(b=table.b, c=table.c, xi=start.xi, xi_c=start.xi_c) -> float:
+        c = torch.where(mask_c.bool(), c, table.c)
+        moved = Coefficients(mask_b * b, c, table.prediction)
+        grid = LearnedGrid(setup.schedule, xi, xi_c).grid()
+        return loss_of(Solver(moved, grid), setup, teacher.train)
+
+    expected = [
+        finite_difference(lambda b: loss(b=b), table.b),
+        finite_difference(lambda c: loss(c=c), table.c),
+        finite_difference(lambda xi: loss(xi=xi), start.xi),
+        finite_difference(lambda xi_c: loss(xi_c=xi_c), start.xi_c),
+    ]
+    for gradient, difference in zip(seen[:4], expected, strict=True):
+        assert difference.abs().max() > 0
+        torch.testing.assert_close(gradient, difference, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("batch_size", [24, 8])
+def test_one_step_moves_each_start_down_its_own_gradient(problem, batch_size):
+    """By lr_x / N in unit noise, whatever the batch size is."""
+    solver, setup, teacher = problem(
+        gamma=1e3, lr_x=1e-3, lr_phi=1e-12, epochs=2, batch_size=batch_size
+    )
+    setup = recorded(setup)
+    list(learn_coefficients(solver, setup, teacher))
+    after = torch.cat(setup.denoiser.starts)[24:]
+    x_T, x_0 = teacher.train
+
+    def total(x) -> float:
+        return relaxed_loss(setup.denoiser, solver.coefficients, solver.grid, x, x_0).sum().item()
+
+    with torch.no_grad():
+        gradient = finite_difference(total, x_T, h=1e-4)
+    expected = x_T - 1e-3 / 4 * 80**2 * gradient
+    largest = (expected - x_T).norm(dim=1).max()
+    assert largest > 1e-4 and distances_to_nearest(after, expected).max() < 1e-5 * largest
+
+
+def test_a_learned_solver_is_better_on_noise_it_has_not_seen(problem):
+    for nfe in (3, 4, 5):
+        solver, setup, teacher = problem(nfe=nfe, n_train=100, n_valid=50, epochs=6)
+        unseen = make_teacher_set(setup, 200, 1, seed=7).train
+        *_, last = learn_coefficients(solver, setup, teacher)
+        assert loss_of(last.best, setup, unseen) < 0.8 * loss_of(solver, setup, unseen)
+
+
+@every_algorithm
+def test_every_algorithm_improves_on_noise_it_has_not_seen(problem, learn):
+    solver, setup, teacher = problem(
+        nfe=4, n_train=60, n_train_alt=60, epochs=6, rounds=3, gamma=0.0
+    )
+    unseen = make_teacher_set(setup, 200, 1, seed=7).train
+    *_, last = learn(solver, setup, teacher)
+    assert loss_of(last.best, setup, unseen) < 0.95 * loss_of(solver, setup, unseen)
+
+
+# --- What goes wrong ---------------------------------------------------------------------------
+
+
+class Failing:
+    """A denoiser that turns NaN, in its value or in its gradient only, at a certain call."""
+
+    def __init__(self, denoiser, at: int, gradient_only: bool):
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+        self.at, self.gradient_only, self.calls = at, gradient_only, 0
+
+    def __call__(self, x, t):
+        self.calls += 1
+        D = self.denoiser(x, t)
+        if self.calls < self.at:
+            return D
+        # d sqrt(0) = inf and 0 * inf = NaN, while the value is zero.
+        return D + (x * 0).abs().sqrt() if self.gradient_only else D * math.nan
+
+
+@every_algorithm
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_divergence_hands_over_the_best_solver_so_far(problem, learn, gradient_only, noise):
+    solver, setup, teacher = problem(epochs=4)
+    # 16 calls for epoch 0 and 20 an epoch: within the third pass.
+    broken = replace(setup, denoiser=Failing(setup.denoiser, 50, gradient_only))
+    epochs = []
+    with pytest.raises(LearningDiverged) as info:
+        for epoch in learn(solver, broken, teacher):
+            epochs.append(epoch)
+    assert "\n" not in str(info.value) and "lr_phi" in str(info.value)
+    assert len(epochs) >= 2 and info.value.best == epochs[-1].best
+    x_0 = info.value.best.sample(setup.denoiser, 80 * noise(0, 5, 2))
+    assert x_0.isfinite().all()
+
+
+def test_divergence_at_the_start_hands_back_the_start(problem):
+    solver, setup, teacher = problem()
+    broken = replace(setup, denoiser=Failing(setup.denoiser, 1, False))
+    with pytest.raises(LearningDiverged, match="'start'") as info:
+        next(learn_coefficients(solver, broken, teacher))
+    assert info.value.best == solver
+
+
+@pytest.mark.parametrize("learn", ALGORITHMS[1:], ids=lambda f: f.__name__)
+def test_collapsing_times_are_a_divergence(problem, learn):
+    """Two times may grow equal to the last bit: no grid, but no reason to lose the best solver."""
+    solver, setup, teacher = problem(lr_xi=3.0, epochs=5)
+    with pytest.raises(LearningDiverged, match="lr_xi") as info:
+        list(learn(solver, setup, teacher))
+    assert loss_of(info.value.best, setup, teacher.valid) <= loss_of(solver, setup, teacher.valid)
+
+
+@every_algorithm
+def test_an_unknown_setting_is_refused_in_one_sentence(problem, one_sentence, learn):
+    solver, setup, teacher = problem()
+    with one_sentence("unknown setting", "'lr_b'", "lr_phi", "epochs"):
+        next(learn(solver, setup, teacher, lr_b=1e-2))
+    with one_sentence("epochs", "int", "2.5"):
+        next(learn(solver, setup, teacher, epochs=2.5))
+    with one_sentence("lr_phi", "positive"):
+        next(learn(solver, setup, teacher, lr_phi=-1.0))
+
+
+def test_a_setting_of_none_leaves_the_one_in_params(problem):
+    solver, setup, teacher = problem(epochs=3)
+    assert len(list(learn_coefficients(solver, setup, teacher, epochs=None))) == 4
+    assert len(list(learn_coefficients(solver, setup, teacher, epochs=1))) == 2
+
+
+@every_algorithm
+def test_a_solver_of_another_schedule_is_refused_in_one_sentence(problem, one_sentence, learn):
+    _, setup, teacher = problem()
+    grid = time_edm(VPLinear(), 4)
+    with one_sentence("VPLinear", "EDM", "schedule"):
+        next(learn(Solver(ipndm(grid, 3), grid), setup, teacher))
+    grid = time_edm(EDM(T=40.0), 4)
+    with one_sentence("T=40.0", "T=80.0"):
+        next(learn(Solver(ipndm(grid, 3), grid), setup, teacher))
+
+
+@every_algorithm
+def test_a_teacher_set_of_another_shape_is_refused_in_one_sentence(
+    problem, one_sentence, learn, noise
+):
+    solver, setup, _ = problem()
+    wrong = TeacherSet(noise(0, 10, 3), noise(1, 10, 3), 6)
+    with one_sentence("teacher set", "(3,)", "(2,)"):
+        next(learn(solver, setup, wrong))
