@@ -1,0 +1,483 @@
+"""One run is one record: settings, the cache, interruptions, and the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+
+import s4s_core as s4s
+from s4s_core import (
+    Experiment,
+    LearningDiverged,
+    Solver,
+    UsageError,
+    datasets,
+    experiment,
+    ipndm,
+    load_params,
+    read_params,
+    run,
+    start,
+)
+from s4s_core.zoo import Params
+
+TINY = {
+    "teacher_nfe": 10,
+    "n_train": 8,
+    "n_valid": 4,
+    "n_train_alt": 8,
+    "n_valid_alt": 4,
+    "batch_size": 4,
+    "batch_size_alt": 4,
+    "epochs": 2,
+    "rounds": 1,
+    "phase_epochs": 1,
+    "fid_samples": 50,
+}
+
+
+def tiny(learn: str = "coefficients", settings: dict | None = None, **changed) -> Experiment:
+    values = {"dataset": "mixture", "nfe": 4, "order": 2, "learn": learn, **changed}
+    return Experiment(**values, settings={**TINY, **(settings or {})})
+
+
+def files(folder, pattern: str = "*") -> list[str]:
+    """Names of the whole files under a folder; temporary ones begin with a dot."""
+    return sorted(p.name for p in folder.rglob(pattern) if p.is_file() and p.name[0] != ".")
+
+
+# --- Settings ----------------------------------------------------------------------------------
+
+
+def test_settings_come_before_the_file_and_the_file_before_the_defaults():
+    defaults = {f.name: f.default for f in fields(Params)}
+    in_file = load_params("mixture")
+    assert defaults["phase_epochs"] == 2 and in_file.phase_epochs == 1
+    assert defaults["epochs"] == 10 == in_file.epochs  # the file does not speak of it
+    params = Experiment(dataset="mixture", settings={"phase_epochs": 4, "epochs": 3}).params
+    assert (params.phase_epochs, params.epochs) == (4, 3)
+    assert params.override(phase_epochs=1, epochs=10) == in_file
+
+
+def test_a_setting_of_none_leaves_the_one_in_the_file():
+    given = Experiment(dataset="mixture", settings={"epochs": None, "gamma": None})
+    assert given.params == load_params("mixture")
+    assert given.path() == Experiment(dataset="mixture").path()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"dataset": "ffhq"}, ["dataset", "'ffhq'", "digits", "mixture"]),
+        ({"dataset": None}, ["dataset", "None", "digits"]),
+        ({"grid": "cosine"}, ["grid", "'cosine'", "logsnr", "ld3"]),
+        ({"solver": "heun"}, ["solver", "'heun'", "ipndm", "unipc"]),
+        ({"learn": "phi"}, ["learn", "'phi'", "coefficients", "alternating"]),
+        ({"learn": True}, ["learn", "True", "coefficients"]),
+        ({"order": 0}, ["order", "at least 1"]),
+        ({"order": 5}, ["order 5", "nfe = 4"]),
+        ({"order": 2.0}, ["order", "whole number", "2.0"]),
+        ({"nfe": 0}, ["nfe", "at least 1"]),
+        ({"nfe": "4"}, ["nfe", "whole number", "'4'"]),
+        ({"nfe": True}, ["nfe", "whole number", "True"]),
+        ({"seed": -1}, ["seed", "at least 0"]),
+        ({"seed": 1000}, ["seed", "999"]),
+        ({"solver": "ddim", "learn": "none"}, ["ddim", "order 1", "order 2", "learn"]),
+        ({"solver": "dpm_solver_pp", "order": 4, "learn": "times"}, ["order 3", "learn"]),
+        ({"settings": {"lr": 0.1}}, ["setting", "'lr'", "lr_phi"]),
+        ({"settings": {"epochs": "many"}}, ["epochs", "int", "'many'"]),
+        ({"settings": {"lr_phi": "1e-4"}}, ["lr_phi", "'1e-4'", "decimal point", "1.0e-04"]),
+        ({"settings": {"epochs": 0}}, ["epochs", "positive"]),
+        ({"settings": {"gamma": -1.0}}, ["gamma"]),
+        ({"settings": {"lr_xi": float("nan")}}, ["lr_xi", "finite"]),
+        ({"settings": {"distance": "ssim"}}, ["distance", "'ssim'", "l2", "lpips"]),
+        ({"settings": {"rematerialize": 1}}, ["rematerialize", "bool"]),
+        ({"settings": [("epochs", 3)]}, ["settings"]),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_sentence(one_sentence, changed, words):
+    values = {"dataset": "mixture", "nfe": 4, "order": 2, "learn": "coefficients", **changed}
+    with one_sentence(*words):
+        Experiment(**values)
+
+
+def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
+    assert datasets() == sorted(datasets()) and {"digits", "mixture"} <= set(datasets())
+    with one_sentence("dataset", "'ffhq'", *datasets()):
+        s4s.load("ffhq")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("schedule: EDM\nshape: [2]\nepoch: 3\n", ["key", "'epoch'", "epochs"]),
+        ("schedule: EDM\nshape: [2]\nlr_phi: 1e-4\n", ["lr_phi", "'1e-4'", "1.0e-04"]),
+        ("schedule: EDM\nshape: [2]\nepochs: three\n", ["epochs", "int", "'three'"]),
+        ("schedule: EDM\nshape: [2]\nepochs: 2.5\n", ["epochs", "int", "2.5"]),
+        ("schedule: EDM\nshape: [2]\nepochs: yes\n", ["epochs", "int", "True"]),
+        ("schedule: EDM\nshape: [2]\nepochs:\n", ["epochs", "int", "None"]),
+        ("schedule: EDM\nshape: 2\n", ["shape", "list", "2"]),
+        ("schedule: EDM\nshape: [0]\n", ["shape"]),
+        ("schedule: Cosine\nshape: [2]\n", ["schedule", "'Cosine'", "EDM"]),
+        ("shape: [2]\n", ["schedule"]),
+        ("schedule: EDM\n", ["shape"]),
+        ("", ["mapping"]),
+        ("- EDM\n- [2]\n", ["mapping"]),
+        ("schedule: [EDM\nshape: {2", ["YAML"]),
+        ("schedule:\tEDM\n\tshape: [2]\n", ["YAML"]),
+        ("schedule: EDM\nshape: [2]\n3: 4\n", ["key", "3"]),
+    ],
+)
+def test_a_wrong_params_file_is_refused_in_one_sentence(one_sentence, tmp_path, text, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with one_sentence("mine.yaml", *words):
+        read_params(path)
+
+
+def test_a_missing_or_binary_params_file_is_refused_in_one_sentence(one_sentence, tmp_path):
+    with one_sentence("nowhere.yaml"):
+        read_params(tmp_path / "nowhere.yaml")
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    with one_sentence("mine.yaml"):
+        read_params(tmp_path / "mine.yaml")
+
+
+def test_a_params_file_may_write_a_float_as_a_whole_number(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("schedule: EDM\nshape: [2]\nlr_x: 6\n")
+    assert read_params(path).lr_x == 6.0 and type(read_params(path).lr_x) is float
+
+
+# --- What a run gives --------------------------------------------------------------------------
+
+
+def test_result_is_measured_as_it_says():
+    given = tiny("none")
+    result = run(given)
+    setup = s4s.load("mixture")
+    x_0 = result.solver.sample(setup.denoiser, s4s.initial_noise(setup, range(50)))
+    sums = s4s.feature_sums(lambda x: x, [x_0])
+    assert result.frechet == pytest.approx(s4s.frechet_distance(sums, setup.reference), rel=1e-9)
+    assert result.n_samples == 50 and result.history == [] and result.seconds == 0
+    assert result.row() | {"seconds": 0.0} == {
+        "dataset": "mixture",
+        "grid": "logsnr",
+        "solver": "ipndm",
+        "order": 2,
+        "nfe": 4,
+        "learn": "none",
+        "seed": 0,
+        "frechet": result.frechet,
+        "distance_to_teacher": result.distance_to_teacher,
+        "seconds": 0.0,
+        "n_samples": 50,
+    }
+
+
+def test_the_teacher_itself_has_no_distance_to_the_teacher():
+    result = run(tiny("none", solver="unipc", order=3, nfe=10))
+    assert result.distance_to_teacher == pytest.approx(0, abs=1e-12)
+    assert run(tiny("none", solver="ddim", order=1)).distance_to_teacher > 1e-3
+
+
+@pytest.mark.parametrize("learn", ["coefficients", "times", "alternating", "jointly"])
+def test_learning_keeps_its_history_and_its_best_solver(learn):
+    result = run(tiny(learn))
+    losses = [record["valid_loss"] for record in result.history]
+    best = result.history[losses.index(min(losses))]
+    assert [record["index"] for record in result.history] == [0, 1, 2]
+    assert result.solver.to_dict()["b"] == best["b"] and result.solver.to_dict()["t"] == best["t"]
+    assert result.seconds > 0
+
+
+def test_solver_file_tells_how_it_was_made():
+    result = run(tiny())
+    provenance = result.solver.provenance
+    assert provenance["experiment"] == result.config
+    assert provenance["frechet"] == result.frechet
+    assert result.config["params"] == asdict(tiny().params)
+    assert {"s4s_core", "torch", "python"} <= set(provenance["versions"])
+
+
+def test_learning_starts_at_the_published_solver():
+    given = tiny(order=4, nfe=6, solver="ipndm")
+    assert torch.equal(start(given).coefficients.b, ipndm(start(given).grid, 4).b)
+    wide = start(tiny(order=6, nfe=6, solver="ipndm"))
+    assert wide.coefficients.order == 6
+    assert torch.equal(wide.coefficients.b[:, :4], ipndm(wide.grid, 4).b)
+    assert not wide.coefficients.b[:, 4:].any()
+
+
+def test_the_ld3_grid_is_learned_once_for_all_orders(results):
+    one, two = (start(tiny(grid="ld3", order=order)) for order in (1, 2))
+    assert torch.equal(one.grid.t, two.grid.t)
+    assert not torch.equal(one.grid.t, start(tiny(grid="logsnr")).grid.t)
+    assert len(files(results, "result_*.json")) == 1
+
+
+def test_a_run_gives_the_same_numbers_in_another_folder(monkeypatch, tmp_path):
+    first = run(tiny())
+    monkeypatch.setenv("S4S_RESULTS", str(tmp_path / "elsewhere"))
+    again = run(tiny())
+    assert again.solver == first.solver
+    assert (again.frechet, again.history) == (first.frechet, first.history)
+
+
+# --- The cache ---------------------------------------------------------------------------------
+
+
+def test_a_cached_result_is_equal_and_computes_nothing(monkeypatch):
+    first = run(tiny())
+
+    def no(*_, **__):
+        raise AssertionError("computed again")
+
+    for name in ("generate", "feature_sums", "make_teacher_set", "learn_coefficients"):
+        monkeypatch.setattr(experiment, name, no)
+    monkeypatch.setitem(experiment.LEARN, "coefficients", no)
+    again = run(tiny())
+    assert again == first
+    assert again.solver.provenance == first.solver.provenance
+    setup = s4s.load("mixture")
+    x_T = s4s.initial_noise(setup, range(5))
+    assert torch.equal(
+        again.solver.sample(setup.denoiser, x_T), first.solver.sample(setup.denoiser, x_T)
+    )
+
+
+def test_whatever_changes_the_result_changes_its_file(monkeypatch):
+    experiments = [
+        tiny(),
+        tiny("none"),
+        tiny("times"),
+        tiny(nfe=5),
+        tiny(order=3),
+        tiny(grid="edm"),
+        tiny(solver="unipc"),
+        tiny(seed=1),
+        *[tiny(settings={key: value}) for key, value in CHANGED.items()],
+    ]
+    paths = {e.path() for e in experiments}
+    assert len(paths) == len(experiments)
+    monkeypatch.setattr(experiment, "__version__", "0.0.0")
+    assert tiny().path() not in paths
+
+
+CHANGED = {
+    "epochs": 3,
+    "lr_phi": 0.02,
+    "gamma": 0.0,
+    "batch_size": 8,
+    "teacher_nfe": 11,
+    "fid_samples": 51,
+    "accept_if_better": True,
+    "grid_variable": "t",
+}
+
+
+def test_a_changed_setting_is_a_new_result(results):
+    first, second = run(tiny()), run(tiny(settings={"lr_phi": 0.1}))
+    assert first.solver != second.solver
+    assert len(files(results, "result_*.json")) == 2
+    # The pairs do not depend on the rate: they are made once.
+    assert len(files(results, "teacher_set_*")) == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "object", "list", "binary", "older"])
+def test_a_damaged_result_is_computed_again(damage, capsys):
+    first, path = run(tiny()), tiny().path()
+    whole = path.read_bytes()
+    entries = json.loads(whole)
+    del entries["n_samples"]
+    path.write_bytes(
+        {
+            "empty": b"",
+            "half": whole[: len(whole) // 2],
+            "object": b"{}",
+            "list": b"[]",
+            "binary": b"\xff\x00\xfe",
+            "older": json.dumps(entries).encode(),
+        }[damage]
+    )
+    again = run(tiny())
+    assert again.solver == first.solver and again.frechet == first.frechet
+    assert json.loads(path.read_bytes())["solver"] == entries["solver"]
+    warning = capsys.readouterr().err
+    assert str(path) in warning and "computing it again" in warning
+
+
+def test_damaged_teacher_data_are_computed_again(results):
+    first = run(tiny())
+    for path in results.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    tiny().path().unlink()
+    again = run(tiny())
+    assert again.solver == first.solver
+    assert again.distance_to_teacher == first.distance_to_teacher
+
+
+def script(results, code: str, *arguments: str, **options) -> subprocess.Popen:
+    """Another Python that works in the same results folder."""
+    environment = {**os.environ, "S4S_RESULTS": str(results), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *(["-c", code] if code else []), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("victim", ["teacher_set", "result"])
+def test_killing_a_run_while_it_writes_leaves_no_half_written_file(results, victim):
+    code = f"""
+import os, pathlib, signal
+from s4s_core import Experiment, base, run
+
+class Dying:
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *_): self.file.close()
+    def write(self, content):
+        self.file.write(content[: len(content) // 2])
+        self.file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def opening(path, *mode):
+    file = open(path, *mode)
+    return Dying(file) if {victim!r} in pathlib.Path(path).name else file
+
+base.open = opening
+run(Experiment(dataset="mixture", nfe=4, order=2, learn="coefficients", settings={TINY!r}))
+"""
+    process = script(results, code)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert files(results, f"{victim}_*") == []
+    assert bool(files(results, "teacher_set_*")) == (victim == "result")
+    result = run(tiny())
+    assert result == run(tiny())
+    assert files(results, f"{victim}_*") != []
+
+
+CLI = ["-m", "s4s_core.experiment", "--dataset", "mixture", "--nfe", "4", "--order", "2"]
+CLI += [text for key, value in TINY.items() for text in ("--set", f"{key}={value}")]
+
+
+def test_two_processes_may_write_the_same_result(results):
+    processes = [script(results, "", *CLI, "--learn", "coefficients") for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    metrics = [[line for line in out.splitlines() if "istance" in line] for out, _ in outputs]
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 2
+    assert len(files(results, "result_*.json")) == 2  # the result and its solver file
+    assert f"{run(tiny()).frechet:.4f}" in metrics[0][0]
+
+
+# --- Interruption ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, "diverged"])
+def test_an_interrupted_run_keeps_the_best_solver_so_far_and_no_result(monkeypatch, results, error):
+    learn, seen = s4s.learn_coefficients, []
+
+    def interrupted(*arguments, **options):
+        for epoch in learn(*arguments, **options):
+            if epoch.index == 2:
+                raise LearningDiverged("not finite", seen[-1]) if error == "diverged" else error
+            seen.append(epoch.best)
+            yield epoch
+
+    with monkeypatch.context() as patch:
+        patch.setitem(experiment.LEARN, "coefficients", interrupted)
+        with pytest.raises(LearningDiverged if error == "diverged" else error):
+            run(tiny(settings={"epochs": 3}))
+    (name,) = files(results, "*best_so_far.json")
+    (path,) = results.rglob(name)
+    assert Solver.load(path) == seen[-1]
+    given = tiny(settings={"epochs": 3})
+    assert not given.path().exists()
+    assert len(run(given).history) == 4
+
+
+# --- The command line --------------------------------------------------------------------------
+
+
+def test_command_line_prints_metrics_and_writes_a_solver(results, tmp_path):
+    out = tmp_path / "mine" / "solver.json"
+    process = script(results, "", *CLI, "--learn", "coefficients", "--out", str(out))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    result = run(tiny())
+    assert f"{result.frechet:.4f}" in output and f"{result.distance_to_teacher:.4f}" in output
+    assert "the plane itself; 50 samples, seeds 0-49" in output and str(out) in output
+    setup = s4s.load("mixture")
+    solver = Solver.load(out)
+    assert solver == result.solver
+    assert solver.sample(setup.denoiser, s4s.initial_noise(setup, range(3))).isfinite().all()
+
+
+def test_command_line_keeps_the_solver_in_the_results_by_default(results, capsys):
+    experiment.main([*CLI[2:], "--learn", "none"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("solver")]
+    path = line.split("  ")[1]
+    assert Solver.load(path) == run(tiny("none")).solver
+    assert path.startswith(str(results))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dataset", "ffhq"], ["dataset", "digits", "mixture"]),
+        (["--grid", "cosine"], ["grid", "logsnr"]),
+        (["--solver", "heun"], ["solver", "unipc"]),
+        (["--learn", "phi"], ["learn", "coefficients"]),
+        (["--order", "5"], ["order 5", "nfe"]),
+        (["--nfe", "0"], ["nfe", "at least 1"]),
+        (["--set", "lr=1"], ["setting", "lr_phi"]),
+        (["--set", "lr_phi=1e-4"], ["lr_phi", "1.0e-04"]),
+        (["--set", "epochs"], ["KEY=VALUE", "epochs"]),
+        (["--set", "epochs=[1"], ["epochs"]),
+        (["--out", "{folder}"], ["{folder}"]),
+        (["--out", "{file}/solver.json"], ["{file}"]),
+    ],
+)
+def test_command_line_errors_are_one_line(tmp_path, capsys, arguments, words):
+    (tmp_path / "a_file").touch()
+    places = {"folder": str(tmp_path), "file": str(tmp_path / "a_file")}
+    arguments = [a.format(**places) for a in arguments]
+    with pytest.raises(SystemExit) as info:
+        experiment.main([*CLI[2:], "--learn", "none", *arguments])
+    message = info.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    for word in words:
+        assert word.format(**places) in message
+
+
+def test_command_line_errors_exit_non_zero_without_a_traceback(results):
+    process = script(results, "", *CLI, "--dataset", "ffhq")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and output == ""
+    (line,) = errors.splitlines()
+    assert line.startswith("error: ") and "ffhq" in line
+    assert not results.exists()
+
+
+def test_notebooks_show_an_error_as_one_line(results, tmp_path, monkeypatch):
+    """IPython prints what `_render_traceback_` gives."""
+    error = UsageError("nfe must be at least 1")
+    assert error._render_traceback_() == ["UsageError: nfe must be at least 1"]
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    code = "import s4s_core; s4s_core.load('ffhq')"
+    process = script(results, "", "-m", "IPython", "--colors=NoColor", "-c", code)
+    output, errors = process.communicate(timeout=120)
+    shown = [line for line in (output + errors).splitlines() if line.strip()]
+    assert shown == [line for line in shown if line.startswith("UsageError: unknown dataset")]
+    assert len(shown) == 1
