@@ -293,10 +293,12 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path, digits):
     run = train_denoiser(digits[0], checkpoint=checkpoint, **settings)
     assert next(run).step == 2 and next(run).step == 4
     run.close()
-    *_, resumed = train_denoiser(digits[0], checkpoint=checkpoint, **settings)
-    assert resumed.step == 6 and resumed.loss == whole.loss
+    first, resumed = train_denoiser(digits[0], checkpoint=checkpoint, **settings)
+    assert first.step == 4 and resumed.step == 6 and resumed.loss == whole.loss
     for a, b in zip(resumed.network.parameters(), whole.network.parameters(), strict=True):
         assert torch.equal(a, b)
+    (done,) = train_denoiser(digits[0], checkpoint=checkpoint, **settings)
+    assert done[:2] == whole[:2]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, digits):

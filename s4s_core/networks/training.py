@@ -50,7 +50,8 @@ def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=500, ema_images=50_
 
     All random numbers of a step follow from (seed, step) alone, so a run that continues from the
     file `checkpoint` (written at every record, used if it is there) ends as if it had never
-    stopped. Raises UsageError for data that are no images, and for a checkpoint of another run.
+    stopped; its first record is then the one it had come to. Raises UsageError for data that are
+    no images, and for a checkpoint of another run.
     """
     if images.ndim != 4 or min(steps, batch) < 1:
         raise UsageError(
@@ -66,7 +67,10 @@ def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=500, ema_images=50_
     adam = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     run = json.dumps(dict(net.config, n=len(images), steps=steps, batch=batch, lr=lr,
                           warmup=warmup, ema_images=ema_images, seed=seed))  # fmt: skip
-    start = _restore(checkpoint, run, net, ema, adam) if checkpoint else 0
+    start = 0
+    if checkpoint and Path(checkpoint).exists():
+        start, loss = _restore(checkpoint, run, net, ema, adam)
+        yield Record(start, loss, ema)
     losses = []
     for step in progress(range(start, steps), desc="training", initial=start, total=steps):
         rise = min((step + 1) / warmup, 1.0)
@@ -83,9 +87,11 @@ def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=500, ema_images=50_
             average.lerp_(weight.detach(), 1 - decay)
         losses.append(loss.item())
         if (step + 1) % every == 0 or step + 1 == steps:
+            mean = sum(losses) / len(losses)
             if checkpoint:
-                _save_checkpoint(checkpoint, run, step + 1, net, ema, adam)
-            yield Record(step + 1, sum(losses) / len(losses), ema)
+                text = {"run": run, "step": str(step + 1), "loss": repr(mean)}
+                _save_checkpoint(checkpoint, text, net, ema, adam)
+            yield Record(step + 1, mean, ema)
             losses = []
 
 
@@ -124,20 +130,18 @@ def train_classifier(images, labels, steps, batch=128, lr=3e-3, seed=0, every=50
             losses = []
 
 
-def _save_checkpoint(path, run, step, net, ema, adam):
-    """Everything a later run needs, as tensors; `run` (text) says which run they belong to."""
+def _save_checkpoint(path, text, net, ema, adam):
+    """Everything a later run needs, as tensors; `text` says which run and step they belong to."""
     tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for i, state in adam.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
     tensors = {k: v.contiguous() for k, v in tensors.items()}
-    write_atomically(path, safetensors.torch.save(tensors, {"run": run, "step": str(step)}))
+    write_atomically(path, safetensors.torch.save(tensors, text))
 
 
 def _restore(path, run, net, ema, adam):
-    """Load the checkpoint if there is one; the number of steps already done."""
-    if not Path(path).exists():
-        return 0
+    """Load the checkpoint: the number of steps already done, and the loss of its record."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -163,4 +167,4 @@ def _restore(path, run, net, ema, adam):
         for i, p in enumerate(net.parameters())
     }
     adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    return int(metadata["step"]), float(metadata["loss"])
