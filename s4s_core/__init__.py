@@ -7,7 +7,6 @@ __version__ = "0.1.0"
 
 from .base import UsageError, progress
 from .evaluate import FeatureSums, feature_sums, frechet_distance, merge
-from .experiment import Experiment, Result, results_folder, run, start
 from .grid import (
     GRIDS,
     LearnedGrid,
@@ -32,7 +31,7 @@ from .model import (
     from_noise_prediction,
     rematerialized,
 )
-from .objective import l2, lpips_distance, project_to_ball, radius, relaxed_loss
+from .objective import feature_distance, l2, lpips_distance, project_to_ball, radius, relaxed_loss
 from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
 from .solver import (
     SOLVERS,
@@ -50,3 +49,18 @@ from .solver import (
 )
 from .teacher import TeacherSet, generate, initial_noise, make_teacher_set
 from .zoo import Params, Setup, datasets, load, load_params, read_params
+
+_EXPERIMENT = ("Experiment", "Result", "results_folder", "run", "start")
+
+
+def __getattr__(name: str):
+    # Loaded when asked for: `python -m s4s_core.experiment` must find it not yet imported.
+    if name in _EXPERIMENT:
+        from importlib import import_module
+
+        return getattr(import_module(".experiment", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPERIMENT])

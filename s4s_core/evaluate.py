@@ -57,10 +57,18 @@ def merge(*parts: FeatureSums) -> FeatureSums:
 def frechet_distance(a: FeatureSums, b: FeatureSums) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017).
 
-    Raises UsageError where a side has fewer than 2 samples.
+    Raises UsageError where a side has fewer than 2 samples, or features do not fit or are not
+    finite.
     """
     if min(a.n, b.n) < 2:
         raise UsageError(f"a Frechet distance needs at least 2 samples a side, not {a.n} and {b.n}")
+    if len(a.first) != len(b.first):
+        raise UsageError(
+            f"the two sides have {len(a.first)} and {len(b.first)} features: take both with the "
+            "same network"
+        )
+    if not all(sums.second.isfinite().all() for sums in (a, b)):
+        raise UsageError("features must be finite: check the samples and the network")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     # tr (S_a S_b)^(1/2) through the symmetric S_a^(1/2) S_b S_a^(1/2), whose eigenvalues are real.

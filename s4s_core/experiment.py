@@ -21,6 +21,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor
 
 from . import __version__, zoo
@@ -35,7 +36,7 @@ from .learn import (
     learn_times,
 )
 from .solver import HIGHEST_ORDER, SOLVERS, Solver
-from .teacher import TeacherSet, generate, make_teacher_set
+from .teacher import SEED_LIMIT, TeacherSet, generate, make_teacher_set
 
 LEARN = {
     "none": None,
@@ -86,6 +87,10 @@ class Experiment:
                 raise UsageError(
                     f"{name} must be a whole number of at least {lowest}, not {value!r}"
                 )
+        if self.seed >= SEED_LIMIT:
+            raise UsageError(f"seed must be below {SEED_LIMIT}, not {self.seed}")
+        if not isinstance(self.settings, dict):
+            raise UsageError(f"settings must be a mapping, not {self.settings!r}")
         if self.order > self.nfe:
             raise UsageError(
                 f"order {self.order} needs at least {self.order} network calls, not nfe = "
@@ -320,10 +325,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         out, settings = given.pop("out"), dict(_setting(text) for text in given.pop("set"))
         experiment = Experiment(**given, settings=settings)
-        result = run(experiment)
         path = Path(out) if out else experiment.path().with_suffix(".solver.json")
+        if path.is_dir():
+            raise UsageError(f"--out takes a file, not the folder {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = run(experiment)
         result.solver.save(path)
-    except (UsageError, LearningDiverged) as error:
+    except (UsageError, LearningDiverged, OSError) as error:
         sys.exit(f"error: {error}")
     seeds = f"{result.n_samples} samples, seeds 0-{result.n_samples - 1}"
     print(f"Frechet distance ({result.features}; {seeds})  {result.frechet:.4f}")
@@ -345,9 +353,12 @@ _HELP = {
 
 def _setting(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
-    if not equals:
-        raise UsageError(f"--set takes KEY=VALUE, not {text!r}")
-    return key, zoo.yaml.safe_load(value)
+    try:
+        if equals:
+            return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise UsageError(f"--set takes KEY=VALUE with a YAML value, not {text!r}")
 
 
 if __name__ == "__main__":

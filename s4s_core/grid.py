@@ -159,5 +159,8 @@ class LearnedGrid:
         u = last + tau / tau[0] * (first - last)
         bound = self.offset_fraction * u.detach().diff().abs().min()
         offset = self.xi_c[1:-1].clamp(-bound, bound)
-        u_model = torch.cat([u[:1], u[1:-1] + offset, u[-1:]])
-        return TimeGrid(self.schedule, to_time(u), to_time(u_model))
+        ends = u.new_tensor([self.schedule.T, self.schedule.t_min]).split(1)
+        t, t_model = (
+            torch.cat([ends[0], to_time(inner), ends[1]]) for inner in (u[1:-1], u[1:-1] + offset)
+        )
+        return TimeGrid(self.schedule, t, t_model)

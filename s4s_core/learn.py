@@ -19,7 +19,7 @@ from torch import Tensor
 from .base import UsageError, progress
 from .grid import LearnedGrid
 from .model import rematerialized
-from .objective import l2, lpips_distance, project_to_ball, radius, relaxed_loss
+from .objective import feature_distance, l2, lpips_distance, project_to_ball, radius, relaxed_loss
 from .solver import Coefficients, Solver, count_parameters
 from .teacher import TeacherSet
 
@@ -90,11 +90,15 @@ def _as_alt(params):
     return params.override(batch_size=params.batch_size_alt)
 
 
-def make_distance(params, device="cpu"):
+def _distance(setup, params):
     """The distance d of Eq. 6 that `params` name."""
     if params.distance == "l2":
         return l2
-    return lpips_distance(params.lpips_net, params.lpips_resize, device)
+    if params.distance == "lpips":
+        return lpips_distance(params.lpips_net, params.lpips_resize, setup.device)
+    if setup.activations is None:
+        raise UsageError(f"{setup.name} has no network for distance features: choose l2 or lpips")
+    return feature_distance(setup.activations)
 
 
 class _Student:
@@ -162,7 +166,7 @@ def _learn(
     denoiser, device = setup.denoiser, setup.device
     if params.rematerialize:
         denoiser = rematerialized(denoiser)
-    distance = make_distance(params, device)
+    distance = _distance(setup, params)
     student = _Student(solver, params)
     optimisers = _optimisers(student, params)
     m = count_parameters(solver.coefficients, params.time_dependent)
@@ -226,24 +230,25 @@ def _learn(
             # Later rounds start at a smaller peak; each phase falls to 1 % of its peak.
             peak = params.peak_decay ** (number // 2)
             for epoch in range(epochs):
-                losses, moves = [], []
+                index, losses, moves = index + 1, [], []
                 order = torch.randperm(len(x_T), generator=generator).split(params.batch_size)
-                for i, batch in enumerate(order):
-                    done = (epoch + i / steps) / epochs
-                    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
-                    for block in active:
-                        optimisers[block].zero_grad()
-                        for group in optimisers[block].param_groups:
-                            group["lr"] = group["initial_lr"] * peak * cosine
-                    loss, moved = step(batch, active)
-                    losses.append(loss)
-                    moves.append(moved)
-                    bar.update()
-                index += 1
-                valid_loss = mean_loss(teacher.valid)
+                try:
+                    for i, batch in enumerate(order):
+                        done = (epoch + i / steps) / epochs
+                        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+                        for block in active:
+                            optimisers[block].zero_grad()
+                            for group in optimisers[block].param_groups:
+                                group["lr"] = group["initial_lr"] * peak * cosine
+                        loss, moved = step(batch, active)
+                        losses.append(loss)
+                        moves.append(moved)
+                        bar.update()
+                    now, valid_loss = student.solver(), mean_loss(teacher.valid)
+                except UsageError:  # e.g. two times that met
+                    raise LearningDiverged(_diverged(phase), best) from None
                 if not math.isfinite(valid_loss):
                     raise LearningDiverged(_diverged(phase), best)
-                now = student.solver()
                 if valid_loss < best_loss:
                     best_loss, best, best_state = valid_loss, now, student.snapshot()
                 train_loss, accepted = torch.cat(losses).mean(), torch.cat(moves).mean()
@@ -256,8 +261,8 @@ _BLOCKS = {"phi": ["phi"], "xi": ["xi", "xi_c"], "phi+xi": ["phi", "xi", "xi_c"]
 
 def _diverged(phase: str) -> str:
     return (
-        f"the loss or its gradient is not finite in phase {phase!r}: lower lr_phi or lr_xi, or "
-        "start from another solver; the best solver until then is this error's .best"
+        f"learning diverged in phase {phase!r} (a loss that is not finite, or times that met): "
+        "lower lr_phi or lr_xi, or start from another solver; this error's .best is the best so far"
     )
 
 

@@ -1,6 +1,6 @@
 """What is minimised: the distance to the teacher's end point, with a little freedom in x_T."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,23 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 def l2(x: Tensor, target: Tensor) -> Tensor:
     """Squared difference, averaged over entries: (B, ...) twice -> (B,)."""
     return (x - target).square().flatten(1).mean(1)
+
+
+def feature_distance(activations: Callable[[Tensor], Sequence[Tensor]]) -> Distance:
+    """LPIPS without its learned heads, on any network (Zhang et al. 2018, Eq. 1 with w = 1).
+
+    activations(x) -> layers (B, C, H, W); each is normalised over channels, and the squared
+    differences are summed over channels, averaged over pixels and summed over layers.
+    """
+
+    def distance(x: Tensor, target: Tensor) -> Tensor:
+        total = x.new_zeros(len(x))
+        for a, b in zip(activations(x), activations(target), strict=True):
+            a, b = (layer / layer.norm(dim=1, keepdim=True).clamp_min(1e-5) for layer in (a, b))
+            total = total + (a - b).square().sum(1).flatten(1).mean(1)
+        return total
+
+    return distance
 
 
 # The smallest side that each trunk's strides and pools leave something of.

@@ -10,7 +10,7 @@ from .base import UsageError, progress
 from .solver import Solver
 
 # Evaluation uses seeds from 0; every teacher set draws from its own million above them.
-SEEDS_PER_SET = 1_000_000
+SEEDS_PER_SET, SEED_LIMIT = 1_000_000, 1000
 
 
 def initial_noise(setup, seeds: Iterable[int]) -> Tensor:
@@ -74,8 +74,8 @@ def make_teacher_set(
             f"n_train and n_valid must be at least 1 and together at most {SEEDS_PER_SET}, "
             f"not {n_train} and {n_valid}"
         )
-    if not 0 <= seed < 1000:
-        raise UsageError(f"the seed of a teacher set must be 0 to 999, not {seed}")
+    if not 0 <= seed < SEED_LIMIT:
+        raise UsageError(f"the seed of a teacher set must be 0 to {SEED_LIMIT - 1}, not {seed}")
     first = SEEDS_PER_SET * (seed + 1)
     seeds = range(first, first + n_train + n_valid)
     x_0 = torch.cat([x.cpu() for x in generate(setup.teacher, setup, seeds, "teacher set")])

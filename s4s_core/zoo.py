@@ -1,7 +1,7 @@
 """Models by name: `load("digits")` gives a denoiser, its schedule and its settings."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -111,7 +111,7 @@ _CHOICES = {
     "teacher_grid": GRIDS,
     "unipc_variant": ("bh1", "bh2"),
     "first_phase": ("phi", "xi"),
-    "distance": ("l2", "lpips"),
+    "distance": ("l2", "lpips", "features"),
     "lpips_net": SMALLEST_SIDE,
     "grid_variable": VARIABLES,
     "ld3_start": GRIDS,
@@ -147,7 +147,8 @@ def read_params(path) -> Params:
     try:
         settings = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} is not readable YAML ({error})") from None
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} is not readable YAML ({reason})") from None
     if not isinstance(settings, dict):
         raise UsageError(f"{path} must be a YAML mapping from keys to values")
     try:
@@ -167,6 +168,7 @@ class Setup:
     denoiser   D(x, t) -> x_0 estimate; schedule, shape (of one sample), params  as they say
     features   x -> (B, F) for the Frechet distance, and its name
     data       () -> real samples (n, *shape), the other side of that distance
+    activations  x -> layers (B, C, H, W) of a network for the distance "features", if there is one
     checkpoint_sha256  of the weights' file, "" for closed forms
     """
 
@@ -178,6 +180,7 @@ class Setup:
     features: Callable[[Tensor], Tensor]
     features_name: str
     data: Callable[[], Tensor]
+    activations: Callable[[Tensor], Sequence[Tensor]] | None = None
     checkpoint_sha256: str = ""
     device: str = "cpu"
 
@@ -232,6 +235,8 @@ def _digits(params: Params, device: str) -> Setup:
     path = WEIGHTS / params.checkpoint
     network = load_network(path).to(device)
     classifier = load_network(WEIGHTS / "digits_classifier.safetensors").to(device)
+    # Learning must not see the network that judges it, so the two are trained apart.
+    perceptual = load_network(WEIGHTS / "digits_perceptual.safetensors").to(device)
     schedule = NAMED_SCHEDULES[params.schedule]
     return Setup(
         "digits",
@@ -242,6 +247,7 @@ def _digits(params: Params, device: str) -> Setup:
         features=lambda x: classifier.features(x.float()),
         features_name="digits classifier, 64 features",
         data=lambda: digits_data()[0],
+        activations=perceptual.activations,
         checkpoint_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         device=device,
     )

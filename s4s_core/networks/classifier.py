@@ -1,4 +1,4 @@
-"""A small convolutional classifier; its penultimate features define a Fréchet distance."""
+"""A small classifier: its features define a Fréchet distance, its layers a perceptual one."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -20,10 +20,14 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, classes)
 
+    def activations(self, x):
+        """What each ReLU gives: (B, width / 2, H, W), (B, width, H, W), (B, width, H/2, W/2)."""
+        first = F.relu(self.conv_1(x.to(self.head.weight.dtype)))
+        second = F.relu(self.conv_2(first))
+        return first, second, F.relu(self.conv_3(F.max_pool2d(second, 2)))
+
     def features(self, x):
-        x = F.relu(self.conv_1(x.to(self.head.weight.dtype)))
-        x = F.max_pool2d(F.relu(self.conv_2(x)), 2)
-        return F.relu(self.conv_3(x)).mean(dim=(2, 3))
+        return self.activations(x)[-1].mean(dim=(2, 3))
 
     def forward(self, x):
         return self.head(self.dropout(self.features(x)))
