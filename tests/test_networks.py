@@ -337,7 +337,7 @@ def test_a_classifier_learns(digits):
 
 
 def test_shipped_files_are_small_and_say_how_they_were_made():
-    files = [WEIGHTS / f"digits_{name}.safetensors" for name in ("denoiser", "classifier")]
+    files = [WEIGHTS / f"digits_{name}.safetensors" for name in ("denoiser", "classifier", "perceptual")]
     assert sum(file.stat().st_size for file in files) < 3_000_000
     for file in files:
         assert {"class", "config", "dataset", "steps", "seed"} <= set(read_metadata(file))
@@ -362,9 +362,11 @@ def test_shipped_denoiser_sees_the_mean_in_pure_noise(shipped, digits):
     assert (answer - digits[0].mean(0)).square().mean().sqrt() < 0.2
 
 
-def test_shipped_classifier_is_as_accurate_as_claimed(classifier, digits):
+@pytest.mark.parametrize(("name", "seed"), [("classifier", 0), ("perceptual", 1)])
+def test_shipped_classifiers_are_as_accurate_as_claimed(name, seed, digits):
     images, labels = digits
-    _, held_out = held_out_split(len(images))
-    right = (classifier(images[held_out]).argmax(1) == labels[held_out]).sum().item()
-    claim = read_metadata(WEIGHTS / "digits_classifier.safetensors")["held_out_accuracy"]
+    path = WEIGHTS / f"digits_{name}.safetensors"
+    _, held_out = held_out_split(len(images), seed=seed)
+    right = (load_network(path)(images[held_out]).argmax(1) == labels[held_out]).sum().item()
+    claim = read_metadata(path)["held_out_accuracy"]
     assert claim == f"{right} of {len(held_out)}" and right / len(held_out) > 0.98
