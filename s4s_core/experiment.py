@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -115,7 +115,7 @@ class Experiment:
         return {
             **what,
             "params": asdict(self.params),
-            "checkpoint_sha256": load(self.dataset).checkpoint_sha256,
+            "weights": load(self.dataset).weights,
             "version": __version__,
         }
 
@@ -209,24 +209,18 @@ def _ld3(experiment: Experiment) -> Experiment:
     """The run whose grid "ld3" is: the same solver at one order, so that orders compare."""
     params = experiment.params
     order = min(params.ld3_order, experiment.nfe, HIGHEST_ORDER.get(experiment.solver, 99))
-    changed = {"grid": params.ld3_start, "order": order, "learn": "times"}
-    return Experiment(**{**_arguments(experiment), **changed})
-
-
-def _arguments(experiment: Experiment) -> dict:
-    return {f.name: getattr(experiment, f.name) for f in fields(experiment)}
-
-
-@cache
-def _teacher_and_setup(dataset: str, settings: str) -> zoo.Setup:
-    setup = load(dataset)
-    changed = {f.name: getattr(setup, f.name) for f in fields(setup)}
-    return zoo.Setup(**{**changed, "params": setup.params.override(**json.loads(settings))})
+    return replace(experiment, grid=params.ld3_start, order=order, learn="times")
 
 
 def _setup(experiment: Experiment) -> zoo.Setup:
-    """The model with the experiment's settings."""
-    return _teacher_and_setup(experiment.dataset, json.dumps(experiment.settings, sort_keys=True))
+    """The model with the experiment's settings, one object for all experiments that share them."""
+    return _setup_with(experiment.dataset, json.dumps(experiment.settings, sort_keys=True))
+
+
+@cache
+def _setup_with(dataset: str, settings: str) -> zoo.Setup:
+    setup = load(dataset)
+    return replace(setup, params=setup.params.override(**json.loads(settings)))
 
 
 def _learned(experiment: Experiment, setup, path: Path) -> tuple[Solver, float, list]:
@@ -283,7 +277,7 @@ def _cached_tensors(
         **config,
         "kind": kind,
         "teacher": setup.teacher.to_dict(),
-        "checkpoint_sha256": setup.checkpoint_sha256,
+        "weights": setup.weights,
         "version": __version__,
     }
     path = _cache_path(setup.name, kind, config, "safetensors")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -80,23 +80,23 @@ class Params:
     nfes: list = ()
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is float and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
-            elif field.type is list and type(value) is tuple:
-                object.__setattr__(self, field.name, list(value))
-            elif type(value) is not field.type:
-                raise UsageError(_wrong_type(field.name, field.type, value))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
+            elif f.type is list and type(value) is tuple:
+                object.__setattr__(self, f.name, list(value))
+            elif type(value) is not f.type:
+                raise UsageError(_wrong_type(f.name, f.type, value))
         for key, allowed in _CHOICES.items():
             one_of(key, getattr(self, key), allowed)
         for key in ("shape", "nfes"):
             if not all(type(n) is int and n > 0 for n in getattr(self, key)):
                 raise UsageError(f"{key} must list whole numbers above 0, not {getattr(self, key)}")
-        for field in fields(self):
-            value, lowest = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1e-300
-            if field.type in (int, float) and not lowest <= value < float("inf"):
-                raise UsageError(f"{field.name} must be positive and finite, not {value}")
+        for f in fields(self):
+            value, lowest = getattr(self, f.name), 0 if f.name in _MAY_BE_ZERO else 1e-300
+            if f.type in (int, float) and not lowest <= value < float("inf"):
+                raise UsageError(f"{f.name} must be positive and finite, not {value}")
 
     def override(self, **settings) -> "Params":
         """A copy with some settings replaced; None leaves one as it is."""
@@ -169,7 +169,7 @@ class Setup:
     features   x -> (B, F) for the Frechet distance, and its name
     data       () -> real samples (n, *shape), the other side of that distance
     activations  x -> layers (B, C, H, W) of a network for the distance "features", if there is one
-    checkpoint_sha256  of the weights' file, "" for closed forms
+    weights    file name -> sha256, for each network behind these; none for closed forms
     """
 
     name: str
@@ -181,7 +181,7 @@ class Setup:
     features_name: str
     data: Callable[[], Tensor]
     activations: Callable[[Tensor], Sequence[Tensor]] | None = None
-    checkpoint_sha256: str = ""
+    weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
 
     @cached_property
@@ -232,11 +232,9 @@ def _mixture(params: Params, device: str) -> Setup:
 
 
 def _digits(params: Params, device: str) -> Setup:
-    path = WEIGHTS / params.checkpoint
-    network = load_network(path).to(device)
-    classifier = load_network(WEIGHTS / "digits_classifier.safetensors").to(device)
-    # Learning must not see the network that judges it, so the two are trained apart.
-    perceptual = load_network(WEIGHTS / "digits_perceptual.safetensors").to(device)
+    # Learning must not see the network that judges it, so the last two are trained apart.
+    files = (params.checkpoint, "digits_classifier.safetensors", "digits_perceptual.safetensors")
+    network, classifier, perceptual = (load_network(WEIGHTS / f).to(device) for f in files)
     schedule = NAMED_SCHEDULES[params.schedule]
     return Setup(
         "digits",
@@ -248,7 +246,7 @@ def _digits(params: Params, device: str) -> Setup:
         features_name="digits classifier, 64 features",
         data=lambda: digits_data()[0],
         activations=perceptual.activations,
-        checkpoint_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        weights={f: hashlib.sha256((WEIGHTS / f).read_bytes()).hexdigest() for f in files},
         device=device,
     )
 
