@@ -19,6 +19,13 @@ LONG = {
 }
 
 
+def test_every_notebook_runs_here_or_under_nbval():
+    command = (NOTEBOOKS.parent / "do").read_text("utf-8")
+    under_nbval = {p.stem for g in ("0*", "appendix_*") for p in NOTEBOOKS.glob(f"{g}.ipynb")}
+    assert "notebooks/0*.ipynb notebooks/appendix_*.ipynb" in command
+    assert {p.stem for p in NOTEBOOKS.glob("*.ipynb")} == under_nbval | set(LONG)
+
+
 def papermill(tmp_path, name: str, **parameters) -> tuple[subprocess.CompletedProcess, Path]:
     """Run a notebook from tmp_path with a cache of its own; the process and the output's path."""
     out = tmp_path / f"{name}.ipynb"
