@@ -86,7 +86,7 @@ def test_a_setting_of_none_leaves_the_one_in_the_file():
         ({"nfe": "4"}, ["nfe", "whole number", "'4'"]),
         ({"nfe": True}, ["nfe", "whole number", "True"]),
         ({"seed": -1}, ["seed", "at least 0"]),
-        ({"seed": 1000}, ["seed", "999"]),
+        ({"seed": 1000}, ["seed", "1000"]),
         ({"solver": "ddim", "learn": "none"}, ["ddim", "order 1", "order 2", "learn"]),
         ({"solver": "dpm_solver_pp", "order": 4, "learn": "times"}, ["order 3", "learn"]),
         ({"settings": {"lr": 0.1}}, ["setting", "'lr'", "lr_phi"]),
@@ -285,8 +285,12 @@ def test_a_changed_setting_is_a_new_result(results):
     first, second = run(tiny()), run(tiny(settings={"lr_phi": 0.1}))
     assert first.solver != second.solver
     assert len(files(results, "result_*.json")) == 2
-    # The pairs do not depend on the rate: they are made once.
+    # The pairs do not depend on the rate: they are made once. They do on the teacher.
     assert len(files(results, "teacher_set_*")) == 1
+    third = run(tiny(settings={"teacher_nfe": 11}))
+    assert len(files(results, "teacher_set_*")) == len(files(results, "teacher_samples_*")) == 2
+    assert third.history[0]["valid_loss"] != first.history[0]["valid_loss"]
+    assert third.distance_to_teacher != first.distance_to_teacher
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "object", "list", "binary", "older"])

@@ -11,6 +11,7 @@ import torch
 from s4s_core import (
     EDM,
     Coefficients,
+    feature_distance,
     ipndm,
     l2,
     lpips_distance,
@@ -108,7 +109,7 @@ def test_gradients_of_the_relaxed_loss_equal_finite_differences(mixture):
     assert torch.autograd.gradcheck(loss, inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
 
 
-# --- LPIPS -------------------------------------------------------------------------------------
+# --- Perceptual distances ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -186,6 +187,32 @@ def test_lpips_of_what_is_no_image_is_refused_in_one_sentence(
     trunk_without_weights(monkeypatch)
     with one_sentence("LPIPS", str(shape[1:])):
         lpips_distance("squeeze")(noise(0, *shape), noise(1, *shape))
+
+
+@pytest.mark.filterwarnings("ignore:::torchvision")
+def test_feature_distance_is_lpips_without_its_heads(noise):
+    import lpips
+
+    torch.manual_seed(0)
+    oracle = lpips.LPIPS(net="squeeze", lpips=False, pnet_rand=True, verbose=False).double()
+    x, y = images(noise, 0), images(noise, 1)
+    distance = feature_distance(lambda image: oracle.net(oracle.scaling_layer(image)))
+    torch.testing.assert_close(distance(x, y), oracle(x, y).flatten(), rtol=1e-6, atol=1e-9)
+
+
+def test_feature_distance_is_a_distance_whose_gradient_is_finite(noise):
+    """At pixels where a ReLU is zero in every channel too."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(3, 8, 3).double()
+    distance = feature_distance(lambda image: [layer(image).relu(), image.relu()])
+    x, y = images(noise, 0).requires_grad_(), images(noise, 1)
+    d = distance(x, y)
+    assert d.shape == (4,) and (d > 0).all() and distance(y, y).tolist() == [0] * 4
+    torch.testing.assert_close(distance(y, x), d)
+    (gradient,) = torch.autograd.grad(d.sum(), x)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+    (gradient,) = torch.autograd.grad(distance(x * 0, y).sum(), x)
+    assert gradient.isfinite().all()
 
 
 def test_lpips_without_its_package_says_how_to_install_it(monkeypatch, one_sentence):

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -445,6 +446,35 @@ def test_published_tables_weigh_what_exists_and_sum_to_one(nfe):
         if table.c is not None:
             assert not table.c.triu(2).any() and not table.c[-1].any(), name
             torch.testing.assert_close(table.c[:-1].sum(1), table.c.new_ones(nfe - 1))
+
+
+def quadrature_row(lam, i: int, p: int, sign: int):
+    """Weights that integrate the polynomial through the last p points against e^(sign lam)."""
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    h = lam[i + 1] - lam[i]
+    u = (nodes + 1) / 2  # from lam[i] to lam[i + 1]
+    kernel = weights * np.exp(sign * h * u)
+    points = [(lam[i - j] - lam[i]) / h for j in range(p)]
+    row = []
+    for j, own in enumerate(points):
+        others = [x for n, x in enumerate(points) if n != j]
+        basis = np.prod([(u - x) / (own - x) for x in others], axis=0)
+        row.append((kernel * basis).sum() / kernel.sum())
+    return row
+
+
+@pytest.mark.parametrize("span", [1e-4, 0.1, 1.0, 5.0, 20.0])
+@pytest.mark.parametrize(("form", "sign"), [("data", 1), ("noise", -1)])
+def test_exponential_rows_are_exact_integrals_for_small_and_large_steps(span, form, sign):
+    """Of D in data form and of eps in noise form, whose kernels are e^lam and e^-lam."""
+    grid = uneven(6, span)
+    table = exponential_adams(grid, 4, form, lower_order_final=False)
+    lam = grid.lam.numpy()
+    for i, p in enumerate([1, 2, 3, 4, 4, 4]):
+        # Rounding of lam is relative to the step.
+        tolerance = 1e-11 + 1e-13 / span
+        expected = quadrature_row(lam, i, p, sign)
+        assert table.b[i, :p].tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 def test_bh1_and_bh2_differ_only_where_a_half_is_decreed():
