@@ -1,6 +1,7 @@
 """What every other module stands on: errors told in one sentence, and files written whole."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -22,19 +23,21 @@ def one_of(kind: str, name, allowed):
 def write_atomically(path, content: bytes) -> None:
     """Write `content` beside `path`, then rename: no reader ever meets half a file.
 
-    Two processes may write the same path; the last to finish wins, whole.
+    Several processes may write the same path; the last to finish wins, whole.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def progress(iterable=None, **options):

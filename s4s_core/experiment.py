@@ -348,7 +348,7 @@ _HELP = {
 def _setting(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     try:
-        if equals:
+        if equals and value:
             return key, yaml.safe_load(value)
     except yaml.YAMLError:
         pass

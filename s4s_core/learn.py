@@ -104,11 +104,11 @@ def _distance(setup, params):
 class _Student:
     """The learnable numbers: tables b and c (or the rows they share), and Xi."""
 
-    def __init__(self, solver: Solver, params):
+    def __init__(self, solver: Solver, params, learns_phi: bool):
         table, self.start = solver.coefficients, solver
         N, k = table.b.shape
         # With time_dependent=False the rows of full memory share one (Table 9, "Glob.").
-        last = N - 1 if params.time_dependent else k - 1
+        last = k - 1 if learns_phi and not params.time_dependent else N - 1
         self.rows = torch.arange(N).clamp_max(last)
 
         def unique(rows: Tensor, used: int) -> Tensor:
@@ -167,7 +167,7 @@ def _learn(
     if params.rematerialize:
         denoiser = rematerialized(denoiser)
     distance = _distance(setup, params)
-    student = _Student(solver, params)
+    student = _Student(solver, params, any("phi" in phase for phase, _ in phases))
     optimisers = _optimisers(student, params)
     m = count_parameters(solver.coefficients, params.time_dependent)
     sigma_T = setup.schedule.sigma(setup.schedule.T).item()

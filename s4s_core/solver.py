@@ -374,8 +374,8 @@ class Solver:
         """
         x = deque(self.trajectory(denoiser, x_T), maxlen=1).pop()
         if not x.isfinite().all():
-            finite = [bool(x.isfinite().all()) for x in self.trajectory(denoiser, x_T)]
-            step = finite.index(False)
+            points = enumerate(self.trajectory(denoiser, x_T))
+            step = next((i for i, x in points if not x.isfinite().all()), self.nfe)
             cause = "x_T itself is" if step == 0 else f"at step {step} of {self.nfe} x became"
             raise UsageError(
                 f"{cause} NaN or infinite; check that denoiser(x, t) is finite there "

@@ -337,7 +337,8 @@ def test_a_classifier_learns(digits):
 
 
 def test_shipped_files_are_small_and_say_how_they_were_made():
-    files = [WEIGHTS / f"digits_{name}.safetensors" for name in ("denoiser", "classifier", "perceptual")]
+    names = ("denoiser", "classifier", "perceptual")
+    files = [WEIGHTS / f"digits_{name}.safetensors" for name in names]
     assert sum(file.stat().st_size for file in files) < 3_000_000
     for file in files:
         assert {"class", "config", "dataset", "steps", "seed"} <= set(read_metadata(file))
