@@ -9,11 +9,13 @@ setting is a new result, never a stale hit. This module is the only writer there
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,7 +27,7 @@ import yaml
 from torch import Tensor
 
 from . import __version__, zoo
-from .base import UsageError, one_of, write_atomically
+from .base import UsageError, one_of, progress, write_atomically
 from .evaluate import feature_sums, frechet_distance
 from .grid import GRIDS
 from .learn import (
@@ -190,6 +192,39 @@ def run(experiment: Experiment) -> Result:
     entries["solver"] = solver.to_dict()
     write_atomically(path, (json.dumps(entries, indent=1) + "\n").encode())
     return result
+
+
+def run_all(experiments: Sequence[Experiment], workers: int | None = None) -> list[Result]:
+    """The results of many experiments, in their order, with a progress bar.
+
+    What is not cached runs in `workers` processes of one thread each: by default one a core, since
+    small batches keep no more than one thread busy, or this process alone where there is a GPU.
+    """
+    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count())
+    missing = [e for e in experiments if not e.path().exists()]
+    if workers > 1 and len(missing) > 1:
+        grids = {g.path(): g for g in (_ld3(e) for e in missing if e.grid == "ld3")}
+        _run_in_processes([list(grids.values()), missing], workers)
+    return [run(e) for e in progress(experiments, desc="results")]
+
+
+def _run_in_processes(rounds: list[list[Experiment]], workers: int) -> None:
+    """Fill the cache, one round after the other: the second needs the first's grids."""
+    context = multiprocessing.get_context("spawn")  # forked children inherit torch's locks
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        try:
+            with progress(total=sum(map(len, rounds)), desc="runs") as bar:
+                for experiments in rounds:
+                    for done in as_completed([pool.submit(run, e) for e in experiments]):
+                        done.result()
+                        bar.update()
+        except KeyboardInterrupt:  # must not wait for the runs that are under way
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
+        finally:  # after an error those under way are finished, and kept
+            pool.shutdown(cancel_futures=True)
 
 
 def start(experiment: Experiment) -> Solver:

@@ -45,7 +45,7 @@ class Epoch:
 class LearningDiverged(ArithmeticError):
     """A loss or gradient was not finite; `.best` is the best solver until then."""
 
-    def __init__(self, message: str, best: Solver):
+    def __init__(self, message: str, best: Solver | None = None):  # None while it is unpickled
         super().__init__(message)
         self.best = best
 

@@ -485,3 +485,29 @@ def test_notebooks_show_an_error_as_one_line(results, tmp_path, monkeypatch):
     shown = [line for line in (output + errors).splitlines() if line.strip()]
     assert shown == [line for line in shown if line.startswith("UsageError: unknown dataset")]
     assert len(shown) == 1
+
+
+def test_many_experiments_give_in_processes_what_they_give_one_by_one(tmp_path, monkeypatch):
+    many = [
+        s4s.Experiment("mixture", "ld3", "ipndm", 2, nfe, learn, 0, TINY)
+        for nfe in (3, 2)
+        for learn in ("coefficients", "none")
+    ]
+    together = s4s.run_all(many, workers=2)
+    assert [r.config["nfe"] for r in together] == [3, 3, 2, 2]
+    monkeypatch.setenv("S4S_RESULTS", str(tmp_path / "alone"))
+    alone = [s4s.run(e) for e in many]
+    assert [r.solver for r in together] == [r.solver for r in alone]
+    assert [r.frechet for r in together] == [r.frechet for r in alone]
+
+
+def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
+    many = [
+        s4s.Experiment(
+            "mixture", "edm", "ipndm", 2, nfe, "coefficients", 0, TINY | {"lr_phi": 1e300}
+        )
+        for nfe in (2, 3)
+    ]
+    with pytest.raises(s4s.LearningDiverged, match="diverged in phase 'phi'") as error:
+        s4s.run_all(many, workers=2)
+    assert error.value.best.nfe in (2, 3)
