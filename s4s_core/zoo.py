@@ -163,10 +163,10 @@ def read_params(path) -> Params:
 
 @dataclass(frozen=True)
 class Setup:
-    """A model and all that learning a solver for it needs.
+    """A model and all that learning a solver for it needs; a model of your own is one of these.
 
     denoiser   D(x, t) -> x_0 estimate; schedule, shape (of one sample), params  as they say
-    features   x -> (B, F) for the Frechet distance, and its name
+    features   x -> (B, F) for the Frechet distance, and its name; needed only to measure it
     data       () -> real samples (n, *shape), the other side of that distance
     activations  x -> layers (B, C, H, W) of a network for the distance "features", if there is one
     weights    file name -> sha256, for each network behind these; none for closed forms
@@ -177,9 +177,9 @@ class Setup:
     schedule: NoiseSchedule
     shape: tuple[int, ...]
     params: Params
-    features: Callable[[Tensor], Tensor]
-    features_name: str
-    data: Callable[[], Tensor]
+    features: Callable[[Tensor], Tensor] | None = None
+    features_name: str = ""
+    data: Callable[[], Tensor] | None = None
     activations: Callable[[Tensor], Sequence[Tensor]] | None = None
     weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
@@ -193,7 +193,9 @@ class Setup:
 
     @cached_property
     def reference(self) -> FeatureSums:
-        """Feature sums of the real data."""
+        """Feature sums of the real data; UsageError if the setup has no features or no data."""
+        if self.features is None or self.data is None:
+            raise UsageError(f"{self.name} has no features or no data: give its Setup both")
         return feature_sums(self.features, self.data().to(self.device).split(1000))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import s4s_core as s4s
 from s4s_core import (
     EDM,
     Coefficients,
@@ -589,3 +590,20 @@ def test_a_teacher_set_of_another_shape_is_refused_in_one_sentence(
     wrong = TeacherSet(noise(0, 10, 3), noise(1, 10, 3), 6)
     with one_sentence("teacher set", "(3,)", "(2,)"):
         next(learn(solver, setup, wrong))
+
+
+def test_a_model_of_ones_own_needs_no_more_than_a_callable_a_schedule_and_settings():
+    def denoise(x, t):  # data ~ N(0, I)
+        return x / (1 + t**2)
+
+    params = s4s.Params(schedule="EDM", shape=[3], distance="l2", n_train=40, n_valid=20, epochs=2)
+    setup = s4s.Setup("mine", denoise, s4s.EDM(), (3,), params)
+    grid = s4s.time_edm(setup.schedule, 4)
+    solver = s4s.Solver(s4s.ipndm(grid, 3), grid)
+    *_, last = s4s.learn_coefficients(solver, setup, s4s.make_teacher_set(setup))
+    x_T = s4s.initial_noise(setup, range(500))
+    exact = setup.teacher.sample(denoise, x_T)
+    errors = [(s.sample(denoise, x_T) - exact).square().mean() for s in (solver, last.best)]
+    assert errors[1] < errors[0]
+    with pytest.raises(s4s.UsageError, match="mine has no features or no data"):
+        setup.reference  # noqa: B018
