@@ -18,4 +18,4 @@ def test_the_example_learns_a_solver_and_samples_with_it(tmp_path, monkeypatch):
     assert names["epoch"].best == s4s.Solver.load("digits_nfe5.json")
     before = names["solver"].sample(names["setup"].denoiser, names["x_T"])
     exact = names["setup"].teacher.sample(names["setup"].denoiser, names["x_T"])
-    assert (names["x_0"] - exact).square().mean() < 0.8 * (before - exact).square().mean()
+    assert (names["x_0"] - exact).square().mean() < 0.9 * (before - exact).square().mean()
