@@ -50,7 +50,7 @@ from .solver import (
 from .teacher import TeacherSet, generate, initial_noise, make_teacher_set
 from .zoo import Params, Setup, datasets, load, load_params, read_params
 
-_EXPERIMENT = ("Experiment", "Result", "results_folder", "run", "run_all", "start")
+_EXPERIMENT = ("Experiment", "Result", "check_lists", "results_folder", "run", "run_all", "start")
 
 
 def __getattr__(name: str):

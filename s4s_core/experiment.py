@@ -126,6 +126,17 @@ class Experiment:
         return _cache_path(self.dataset, "result", self.config(), "json")
 
 
+def check_lists(**lists) -> None:
+    """UsageError unless every argument is a list, of whole numbers or of names."""
+    for name, values in lists.items():
+        kinds = {type(v) for v in values} if isinstance(values, list) else set()
+        if kinds not in ({int}, {str}):
+            raise UsageError(
+                f"{name} must be a list of whole numbers or of names, not {values!r}; with "
+                f"papermill write -y '{name}: [...]', since -p passes a list as text"
+            )
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run gave.
