@@ -141,10 +141,16 @@ def _phi(count: int, z: Tensor) -> list[Tensor]:
     return values
 
 
-def _signed_steps(grid: TimeGrid, prediction: str) -> Tensor:
-    """z = +h in noise form, -h in data form, which turns one set of formulas into both."""
+def _steps(
+    grid: TimeGrid, order: int, highest: int | None, lower_order_final: bool, prediction: str
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Each step's index, order and z: +h in noise form, -h in data form, which turns one set of
+    formulas into both.
+    """
     one_of("prediction form", prediction, PREDICTIONS)
-    return grid.lam.diff() * (1 if prediction == "noise" else -1)
+    orders = _orders(grid, order, highest, lower_order_final)
+    z = grid.lam.diff() * (1 if prediction == "noise" else -1)
+    return zip(range(grid.nfe), orders, z, strict=True)
 
 
 def dpm_solver_pp(grid: TimeGrid, order: int = 3, prediction: str = "data") -> Coefficients:
@@ -155,9 +161,7 @@ def dpm_solver_pp(grid: TimeGrid, order: int = 3, prediction: str = "data") -> C
     `exponential_adams` is the exact row.
     """
     h, rows = grid.lam.diff(), []
-    for i, (p, z) in enumerate(
-        zip(_orders(grid, order, 3, True), _signed_steps(grid, prediction), strict=True)
-    ):
+    for i, p, z in _steps(grid, order, 3, True, prediction):
         if p == 1:
             rows.append([1.0])
             continue
@@ -199,13 +203,7 @@ def exponential_adams(
     Any order up to nfe. Order 3 is what DPM-Solver++(3M) approximates (Lu et al. 2022b, App. B).
     """
     lam, rows = grid.lam, []
-    for i, (p, z) in enumerate(
-        zip(
-            _orders(grid, order, None, lower_order_final),
-            _signed_steps(grid, prediction),
-            strict=True,
-        )
-    ):
+    for i, p, z in _steps(grid, order, None, lower_order_final, prediction):
         nodes = [(lam[i - n] - lam[i]) / z.abs() for n in range(1, p)]
         old = _exponential_row(nodes, z, z)
         rows.append([1 - sum(old), *old])
@@ -232,9 +230,7 @@ def unipc(
     one_of("UniPC variant", variant, ("bh1", "bh2"))
     lam, predictor, correctors = grid.lam, [], []
     half = torch.tensor([0.5], dtype=torch.float64)
-    for i, (p, z) in enumerate(
-        zip(_orders(grid, order, None, True), _signed_steps(grid, prediction), strict=True)
-    ):
+    for i, p, z in _steps(grid, order, None, True, prediction):
         B = z if variant == "bh1" else torch.expm1(z)
         nodes = [(lam[i - n] - lam[i]) / z.abs() for n in range(1, p)]
         old = _exponential_row(nodes, z, B, half if p == 2 else None)
