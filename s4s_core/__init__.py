@@ -20,7 +20,9 @@ from .learn import (
     Epoch,
     LearningDiverged,
     learn_alternating,
+    learn_bns,
     learn_coefficients,
+    learn_generalised,
     learn_jointly,
     learn_times,
 )
@@ -31,15 +33,26 @@ from .model import (
     from_noise_prediction,
     rematerialized,
 )
-from .objective import feature_distance, l2, lpips_distance, project_to_ball, radius, relaxed_loss
+from .objective import (
+    feature_distance,
+    l2,
+    lpips_distance,
+    negative_psnr,
+    project_to_ball,
+    radius,
+    relaxed_loss,
+)
 from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
 from .solver import (
     SOLVERS,
     Coefficients,
+    SingleStepCoefficients,
     Solver,
+    consistent,
     count_parameters,
     ddim,
     deis,
+    dpm_solver,
     dpm_solver_pp,
     exponential_adams,
     gaussian,

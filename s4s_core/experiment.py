@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import safetensors
@@ -29,15 +29,25 @@ from torch import Tensor
 from . import __version__, zoo
 from .base import UsageError, one_of, progress, write_atomically
 from .evaluate import feature_sums, frechet_distance
-from .grid import GRIDS
+from .grid import GRIDS, TimeGrid
 from .learn import (
     LearningDiverged,
     learn_alternating,
+    learn_bns,
     learn_coefficients,
+    learn_generalised,
     learn_jointly,
     learn_times,
 )
-from .solver import HIGHEST_ORDER, SOLVERS, Solver
+from .solver import (
+    HIGHEST_ORDER,
+    SINGLE_STEP,
+    SOLVERS,
+    Coefficients,
+    SingleStepCoefficients,
+    Solver,
+    count_steps,
+)
 from .teacher import SEED_LIMIT, TeacherSet, generate, make_teacher_set
 
 LEARN = {
@@ -46,6 +56,8 @@ LEARN = {
     "times": learn_times,
     "alternating": learn_alternating,
     "jointly": learn_jointly,
+    "bns": learn_bns,
+    "generalised": learn_generalised,
 }
 load = cache(zoo.load)
 
@@ -97,6 +109,12 @@ class Experiment:
             raise UsageError(
                 f"order {self.order} needs at least {self.order} network calls, not nfe = "
                 f"{self.nfe}: lower the order or raise nfe"
+            )
+        count_steps(self.solver, self.order, self.nfe)
+        if self.solver in SINGLE_STEP and self.learn in ("bns", "generalised"):
+            raise UsageError(
+                f"learn = {self.learn} starts at a multistep solver, not at {self.solver}: "
+                f"choose {', '.join(s for s in SOLVERS if s not in SINGLE_STEP)}"
             )
         highest = HIGHEST_ORDER.get(self.solver, self.order)
         if self.learn in ("none", "times") and self.order > highest:
@@ -241,14 +259,21 @@ def _run_in_processes(rounds: list[list[Experiment]], workers: int) -> None:
 def start(experiment: Experiment) -> Solver:
     """The solver that learning begins with: the published table on the experiment's grid."""
     setup = _setup(experiment)
-    params, nfe, order = setup.params, experiment.nfe, experiment.order
     if experiment.grid == "ld3":
         grid = run(_ld3(experiment)).solver.grid
     else:
-        grid = GRIDS[experiment.grid](setup.schedule, nfe)
-    published = min(order, HIGHEST_ORDER.get(experiment.solver, order))
-    table = zoo.published(experiment.solver, grid, published, params)
-    return Solver(table.widen(order), grid)
+        steps = count_steps(experiment.solver, experiment.order, experiment.nfe)
+        grid = GRIDS[experiment.grid](setup.schedule, steps)
+    return Solver(_table(experiment, grid), grid)
+
+
+def _table(experiment: Experiment, grid: TimeGrid) -> Coefficients | SingleStepCoefficients:
+    """The published coefficients on a grid, with room for what the experiment learns."""
+    order = min(experiment.order, HIGHEST_ORDER.get(experiment.solver, experiment.order))
+    table = zoo.published(experiment.solver, grid, order, experiment.params)
+    if experiment.solver in SINGLE_STEP:
+        return table
+    return table.widen(experiment.order, min(experiment.params.states, grid.nfe))
 
 
 def _ld3(experiment: Experiment) -> Experiment:
@@ -275,9 +300,12 @@ def _learned(experiment: Experiment, setup, path: Path) -> tuple[Solver, float, 
     if learn is None:
         return solver, 0.0, []
     teacher = _teacher_set(setup, experiment.seed, alt=learn is not learn_coefficients)
+    # The rivals that follow the theory of the current times do so in the authors' own code.
+    follows = experiment.learn in ("times", "generalised")
+    theory = {"theory": partial(_table, experiment)} if follows else {}
     history, best, began = [], solver, time.perf_counter()
     try:
-        for epoch in learn(solver, setup, teacher, seed=experiment.seed):
+        for epoch in learn(solver, setup, teacher, seed=experiment.seed, **theory):
             best = epoch.best
             history.append(_record(epoch))
     except (KeyboardInterrupt, LearningDiverged):
@@ -289,7 +317,8 @@ def _learned(experiment: Experiment, setup, path: Path) -> tuple[Solver, float, 
 def _record(epoch) -> dict:
     names = ("index", "phase", "train_loss", "valid_loss", "accepted")
     table = epoch.solver.to_dict()
-    return {n: getattr(epoch, n) for n in names} | {n: table[n] for n in ("b", "c", "t", "t_model")}
+    tables = {n: table[n] for n in ("b", "a", "c", "t", "t_model") if n in table}
+    return {n: getattr(epoch, n) for n in names} | tables
 
 
 def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:

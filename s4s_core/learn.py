@@ -4,24 +4,37 @@
     learn_times         LD3 (Tong et al.)    step Xi
     learn_alternating   S4S-Alt, Alg. 2      a phase of phi, a phase of Xi, K times
     learn_jointly       Alg. 3               step both at once
+    learn_bns           BNS (Shaul et al.)   both at once, full memory, Eq. 6, PSNR
+    learn_generalised   GS (Oganov et al.)   both at once, full memory, corrections to a theory
 
 Each is a generator that yields one `Epoch` after each pass over the training pairs. Settings are
 the setup's (params/<dataset>.yaml) unless given by name.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .base import UsageError, progress
-from .grid import LearnedGrid
+from .grid import LearnedGrid, TimeGrid
 from .model import rematerialized
-from .objective import feature_distance, l2, lpips_distance, project_to_ball, radius, relaxed_loss
-from .solver import Coefficients, Solver, count_parameters
+from .objective import (
+    feature_distance,
+    l2,
+    lpips_distance,
+    negative_psnr,
+    project_to_ball,
+    radius,
+    relaxed_loss,
+)
+from .solver import Coefficients, SingleStepCoefficients, Solver, consistent, count_parameters
 from .teacher import TeacherSet
+
+# A solver's coefficients on any grid, such as `ipndm`: what the learned corrections are added to.
+Theory = Callable[[TimeGrid], Coefficients | SingleStepCoefficients]
 
 
 @dataclass(frozen=True)
@@ -61,10 +74,21 @@ def learn_coefficients(solver: Solver, setup, teacher: TeacherSet, seed: int = 0
     yield from _learn(solver, setup, teacher, params, [("phi", params.epochs)], seed)
 
 
-def learn_times(solver: Solver, setup, teacher: TeacherSet, seed: int = 0, **settings):
-    """LD3 (Tong et al. 2024): learn the time steps Xi alone; see learn_coefficients."""
+def learn_times(
+    solver: Solver,
+    setup,
+    teacher: TeacherSet,
+    seed: int = 0,
+    theory: Theory | None = None,
+    **settings,
+):
+    """LD3 (Tong et al. 2024): learn the time steps Xi alone; see learn_coefficients.
+
+    The coefficients are those of `theory` on the grid as it moves, by default the solver's own
+    numbers, which stay.
+    """
     params = _as_alt(setup.params.override(**settings))
-    yield from _learn(solver, setup, teacher, params, [("xi", params.epochs)], seed)
+    yield from _learn(solver, setup, teacher, params, [("xi", params.epochs)], seed, theory)
 
 
 def learn_alternating(solver: Solver, setup, teacher: TeacherSet, seed: int = 0, **settings):
@@ -78,11 +102,55 @@ def learn_alternating(solver: Solver, setup, teacher: TeacherSet, seed: int = 0,
     yield from _learn(solver, setup, teacher, params, phases, seed)
 
 
-def learn_jointly(solver: Solver, setup, teacher: TeacherSet, seed: int = 0, **settings):
-    """Alg. 3: both blocks at once, for as many passes as learn_alternating makes."""
+def learn_jointly(
+    solver: Solver,
+    setup,
+    teacher: TeacherSet,
+    seed: int = 0,
+    theory: Theory | None = None,
+    **settings,
+):
+    """Alg. 3: both blocks at once, for as many passes as learn_alternating makes.
+
+    What is learned of the coefficients is added to `theory` as in learn_times.
+    """
     params = _as_alt(setup.params.override(**settings))
     epochs = 2 * params.rounds * params.phase_epochs
-    yield from _learn(solver, setup, teacher, params, [("phi+xi", epochs)], seed)
+    yield from _learn(solver, setup, teacher, params, [("phi+xi", epochs)], seed, theory)
+
+
+def learn_bns(solver: Solver, setup, teacher: TeacherSet, seed: int = 0, **settings):
+    """Bespoke non-stationary solvers (Shaul et al. 2024b), in our loop and with our optimisers.
+
+    Full memory of the evaluations and a coefficient of x in each step, learned jointly with the
+    times for the best PSNR at x_T itself (r = 0). Starts at a multistep `solver`.
+    """
+    wide = Solver(solver.coefficients.widen(solver.nfe, states=1), solver.grid)
+    settings = {"distance": "psnr", "gamma": 0.0, **settings}
+    yield from learn_jointly(wide, setup, teacher, seed, **settings)
+
+
+def learn_generalised(
+    solver: Solver,
+    setup,
+    teacher: TeacherSet,
+    seed: int = 0,
+    theory: Theory | None = None,
+    **settings,
+):
+    """The generalised solver of Oganov et al. 2025 (GAS without its discriminator), in our loop.
+
+    Corrections to the `theory` of the current times, with full memory of evaluations and states,
+    learned jointly with the times, at x_T itself (r = 0). Starts at a multistep `solver`.
+    """
+
+    def widened(grid: TimeGrid) -> Coefficients:
+        published = solver.coefficients if theory is None else theory(grid)
+        return published.widen(grid.nfe, states=grid.nfe)
+
+    wide = Solver(widened(solver.grid), solver.grid)
+    settings = {"gamma": 0.0, **settings}
+    yield from learn_jointly(wide, setup, teacher, seed, widened, **settings)
 
 
 def _as_alt(params):
@@ -90,10 +158,13 @@ def _as_alt(params):
     return params.override(batch_size=params.batch_size_alt)
 
 
+_PIXEL_DISTANCES = {"l2": l2, "psnr": negative_psnr}
+
+
 def _distance(setup, params):
     """The distance d of Eq. 6 that `params` name."""
-    if params.distance == "l2":
-        return l2
+    if params.distance in _PIXEL_DISTANCES:
+        return _PIXEL_DISTANCES[params.distance]
     if params.distance == "lpips":
         return lpips_distance(params.lpips_net, params.lpips_resize, setup.device)
     if setup.activations is None:
@@ -102,31 +173,41 @@ def _distance(setup, params):
 
 
 class _Student:
-    """The learnable numbers: tables b and c (or the rows they share), and Xi."""
+    """The learnable numbers: corrections to a published solver's tables, and Xi."""
 
-    def __init__(self, solver: Solver, params, learns_phi: bool):
-        table, self.start = solver.coefficients, solver
-        N, k = table.b.shape
-        # With time_dependent=False the rows of full memory share one (Table 9, "Glob.").
-        last = k - 1 if learns_phi and not params.time_dependent else N - 1
-        self.rows = torch.arange(N).clamp_max(last)
-
-        def unique(rows: Tensor, used: int) -> Tensor:
-            shared = rows[last : max(used, last + 1)].mean(0, keepdim=True)
-            return torch.cat([rows[:last], shared])
-
-        self.b = unique(table.b, N)
-        self.c = None if table.c is None else unique(table.c, N - 1)  # its last row is never used
+    def __init__(self, solver: Solver, params, learns_phi: bool, theory: Theory | None):
+        self.start, self.consistent = solver, params.consistent
+        self.theory = theory or (lambda grid: solver.coefficients)
+        table = self.theory(solver.grid)
+        self.names = [n for n in ("b", "a", "c") if getattr(table, n, None) is not None]
+        N = len(table.b)
+        self.shared = N - 1
+        if learns_phi and not params.time_dependent:
+            # The rows of full memory share one (Table 9, "Glob.").
+            self.shared = table.order - 1 if isinstance(table, Coefficients) else 0
+        self.rows = torch.arange(N).clamp_max(self.shared)
+        self.delta = {n: torch.zeros_like(getattr(table, n)[: self.shared + 1]) for n in self.names}
         self.grid = LearnedGrid.start_at(solver.grid, params.grid_variable, params.offset_fraction)
         self.times_moved = False
 
     def blocks(self) -> dict[str, list[Tensor]]:
-        phi = [self.b] if self.c is None else [self.b, self.c]
+        phi = list(self.delta.values())
         return {"phi": phi, "xi": [self.grid.xi], "xi_c": [self.grid.xi_c]}
 
-    def coefficients(self) -> Coefficients:
-        c = None if self.c is None else self.c[self.rows]
-        return Coefficients(self.b[self.rows], c, self.start.coefficients.prediction)
+    def coefficients(self) -> Coefficients | SingleStepCoefficients:
+        base = self.theory(self.times())
+        multistep, first = isinstance(base, Coefficients), self.shared
+
+        def learned(name: str) -> Tensor:
+            table = getattr(base, name)
+            # The corrector's last row is never used.
+            used = len(table) - 1 if multistep and name == "c" else len(table)
+            mean = table[first : max(used, first + 1)].mean(0, keepdim=True)
+            table = (torch.cat([table[:first], mean]) + self.delta[name])[self.rows]
+            return table if multistep or name != "c" else _in_order(table)
+
+        learned_tables = replace(base, **{name: learned(name) for name in self.names})
+        return consistent(learned_tables) if self.consistent else learned_tables
 
     def times(self):
         # Until a time step has moved the grid is the given one, to the last bit.
@@ -149,8 +230,23 @@ class _Student:
                     p.copy_(next(values)).requires_grad_(name in active)
 
 
+def _in_order(c: Tensor, gap: float = 0.01) -> Tensor:
+    """Stages of a single-step solver, kept apart by at least `gap` of the step."""
+    columns = [c[:, 0]]
+    for j in range(1, c.shape[1]):
+        lowest = columns[-1].detach() + gap
+        columns.append(c[:, j].clamp_max(1 - gap * (c.shape[1] - j)).maximum(lowest))
+    return torch.stack(columns, 1)
+
+
 def _learn(
-    solver: Solver, setup, teacher: TeacherSet, params, phases: list[tuple[str, int]], seed: int
+    solver: Solver,
+    setup,
+    teacher: TeacherSet,
+    params,
+    phases: list[tuple[str, int]],
+    seed: int,
+    theory: Theory | None = None,
 ) -> Iterator[Epoch]:
     """The one loop: `phases` lists which blocks step, and for how many passes."""
     if solver.grid.schedule != setup.schedule:
@@ -167,9 +263,10 @@ def _learn(
     if params.rematerialize:
         denoiser = rematerialized(denoiser)
     distance = _distance(setup, params)
-    student = _Student(solver, params, any("phi" in phase for phase, _ in phases))
+    student = _Student(solver, params, any("phi" in phase for phase, _ in phases), theory)
     optimisers = _optimisers(student, params)
     m = count_parameters(solver.coefficients, params.time_dependent)
+    m -= len(student.delta["b"]) if params.consistent else 0
     sigma_T = setup.schedule.sigma(setup.schedule.T).item()
     r = radius(params.gamma, math.prod(setup.shape), m) * sigma_T
     # A rate for x'_T in unit noise is sigma_T^2 times as much in the units of x.

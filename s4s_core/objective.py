@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .base import UsageError, one_of
 from .grid import TimeGrid
-from .solver import Coefficients, solve
+from .solver import Coefficients, SingleStepCoefficients, solve
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -15,6 +15,14 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 def l2(x: Tensor, target: Tensor) -> Tensor:
     """Squared difference, averaged over entries: (B, ...) twice -> (B,)."""
     return (x - target).square().flatten(1).mean(1)
+
+
+def negative_psnr(x: Tensor, target: Tensor) -> Tensor:
+    """Minus the peak signal-to-noise ratio in dB, for values in [-1, 1] (Shaul et al. 2024b).
+
+    (B, ...) twice -> (B,), 10 log10 of the mean square difference over 2^2; never below -120.
+    """
+    return 10 * (l2(x, target) / 4).clamp_min(1e-12).log10()
 
 
 def feature_distance(activations: Callable[[Tensor], Sequence[Tensor]]) -> Distance:
@@ -104,7 +112,7 @@ def project_to_ball(x: Tensor, center: Tensor, r: float) -> Tensor:
 
 def relaxed_loss(
     denoiser,
-    coefficients: Coefficients,
+    coefficients: Coefficients | SingleStepCoefficients,
     grid: TimeGrid,
     x_T_relaxed: Tensor,
     x_0: Tensor,

@@ -6,14 +6,15 @@ In y = x / alpha and s = sigma / alpha the step from point i-1 to point i of Eq.
     data form    y <- q y + (1 - q) * sum_j b_ij D_{i-j},      q = s_i / s_{i-1}
 
 where j = 1 is the newest of the evaluations kept. Published solvers are the tables below;
-learning one is `requires_grad` on the table.
+learning one is `requires_grad` on the table. A single-step solver is the same kind of table on a
+finer grid, so that the loop knows one kind only.
 """
 
 import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -36,12 +37,100 @@ class Coefficients:
        evaluated, that evaluation first; the last row is never used, so N steps cost N calls
     prediction  "noise" (b weighs eps, Table 1) or "data" (b weighs D, Table 7)
 
-    Raises UsageError for other shapes, numbers that are not finite, or weights on evaluations
-    that do not exist.
+    Beyond Eq. 5, and absent (None) in most solvers:
+
+    a  (N, m): weighs the states y at points i, i-1, ..., newest first, where Eq. 5 takes the
+       newest as it is; with m = 1 a coefficient of x per step (Shaul et al. 2024b), with m = N
+       all of the past (Oganov et al. 2025)
+    l, d  (N,): an evaluation is eps - l_i y / s_i instead of eps (noise form only), and d_i is
+       added to y (Zheng et al. 2023)
+
+    Any table may have the shape of a sample behind these, to treat each pixel on its own.
+    Raises UsageError for other shapes, numbers that are not finite, or weights on evaluations or
+    states that do not exist.
     """
 
     b: Tensor
     c: Tensor | None = None
+    prediction: str = "noise"
+    a: Tensor | None = None
+    l: Tensor | None = None  # noqa: E741  the symbol of Zheng et al.
+    d: Tensor | None = None
+
+    def __post_init__(self):
+        one_of("prediction form", self.prediction, PREDICTIONS)
+        if self.b.ndim < 2:
+            raise UsageError(f"b must have shape (N, k), not {tuple(self.b.shape)}")
+        N, k = self.b.shape[:2]
+        if not 1 <= k <= N:
+            raise UsageError(f"order {k} needs at least {k} steps, not {N}: lower the order to {N}")
+        m = 1 if self.a is None or self.a.ndim < 2 else min(max(self.a.shape[1], 1), N)
+        shapes = {"b": (N, k), "c": (N, k + 1), "a": (N, m), "l": (N,), "d": (N,)}
+        for name, shape in shapes.items():
+            table = getattr(self, name)
+            if table is None:
+                continue
+            if table.shape[: len(shape)] != shape:
+                raise UsageError(f"{name} must have shape {shape} here, not {tuple(table.shape)}")
+            if not table.isfinite().all():
+                raise UsageError(f"{name} must be finite, not {table.tolist()}")
+            future = torch.ones(shape, dtype=torch.bool).triu(2 if name == "c" else 1)
+            if len(shape) == 2 and table.detach()[future].any():
+                what = "states" if name == "a" else "evaluations"
+                raise UsageError(f"{name} weighs {what} that do not exist yet")
+        if self.l is not None and self.prediction == "data":
+            raise UsageError('l needs prediction form "noise", not "data"')
+
+    @property
+    def order(self) -> int:
+        """k, the number of evaluations a step may use."""
+        return self.b.shape[1]
+
+    @property
+    def nfe(self) -> int:
+        """Network calls a sample: N."""
+        return len(self.b)
+
+    def unroll(self, grid: TimeGrid) -> tuple["Coefficients", TimeGrid]:
+        """The table and the grid that the loop reads: these."""
+        return self, grid
+
+    def widen(self, order: int, states: int = 0) -> "Coefficients":
+        """The same solver with room for `order` evaluations and `states` states, the new weights
+        zero.
+        """
+
+        def wider(table: Tensor, columns: int) -> Tensor:
+            extra = columns - table.shape[1]
+            return torch.cat([table, table.new_zeros(len(table), extra, *table.shape[2:])], 1)
+
+        a = self.a
+        if states and a is None:
+            a = torch.ones(self.nfe, 1, dtype=torch.float64)
+        return replace(
+            self,
+            b=wider(self.b, order),
+            c=None if self.c is None else wider(self.c, order + 1),
+            a=None if a is None else wider(a, max(states, a.shape[1])),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SingleStepCoefficients:
+    """The coefficients phi = {b, a, c} of an explicit k-stage single-step solver over N steps.
+
+    b  (N, k) float64: weighs the step's evaluations, in the order of the stages, at its end
+    a  (N, k, k): row j weighs the evaluations before stage j; strictly lower triangular
+    c  (N, k): stage j is evaluated at lam_{i-1} + c_j h; 0 = c_1 < c_2 < ... < 1
+
+    with weights that act as b does in Eq. 5, over the part of the step that lies before the
+    stage (App. C; Table 1 leaves out the factor alpha that this needs). k calls a step.
+    Raises UsageError for other shapes, numbers that are not finite, or stages out of order.
+    """
+
+    b: Tensor
+    a: Tensor
+    c: Tensor
     prediction: str = "noise"
 
     def __post_init__(self):
@@ -49,40 +138,88 @@ class Coefficients:
         if self.b.ndim != 2:
             raise UsageError(f"b must have shape (N, k), not {tuple(self.b.shape)}")
         N, k = self.b.shape
-        if not 1 <= k <= N:
-            raise UsageError(f"order {k} needs at least {k} steps, not {N}: lower the order to {N}")
-        if self.c is not None and self.c.shape != (N, k + 1):
-            raise UsageError(f"c must have shape {(N, k + 1)} here, not {tuple(self.c.shape)}")
-        for name, table, extra in (("b", self.b, 0), ("c", self.c, 1)):
-            if table is None:
-                continue
+        for name, shape in (("b", (N, k)), ("a", (N, k, k)), ("c", (N, k))):
+            table = getattr(self, name)
+            if table.shape != shape:
+                raise UsageError(f"{name} must have shape {shape} here, not {tuple(table.shape)}")
             if not table.isfinite().all():
                 raise UsageError(f"{name} must be finite, not {table.tolist()}")
-            if table.detach().triu(1 + extra).any():
-                raise UsageError(f"{name} weighs evaluations that do not exist yet")
+        if self.a.detach().triu().any():
+            raise UsageError("a weighs evaluations that do not exist yet")
+        c = self.c.detach()
+        if c[:, 0].any() or not (c.diff(dim=1) > 0).all() or not (c < 1).all():
+            raise UsageError(f"c must rise from 0 and stay below 1 in each row, not {c.tolist()}")
 
     @property
     def order(self) -> int:
-        """k, the number of evaluations a step may use."""
+        """k, the number of stages."""
         return self.b.shape[1]
 
-    def widen(self, order: int) -> "Coefficients":
-        """The same solver with room for `order` evaluations, the new weights zero."""
-        pad = (0, order - self.order)
-        b = torch.nn.functional.pad(self.b, pad)
-        c = None if self.c is None else torch.nn.functional.pad(self.c, pad)
-        return Coefficients(b, c, self.prediction)
+    @property
+    def nfe(self) -> int:
+        """Network calls a sample: k N."""
+        return self.b.numel()
+
+    def unroll(self, grid: TimeGrid) -> tuple[Coefficients, TimeGrid]:
+        """The same solver as a multistep table of k N rows, on the grid of all stages.
+
+        The state of a stage differs from that of the stage before by evaluations of this step
+        only, so k - 1 of the past suffice. Differentiable in b, a, c and the grid.
+        """
+        N, k = self.b.shape
+        schedule, h = grid.schedule, grid.lam.diff()[:, None]
+        inner = schedule.t_of_lam(grid.lam[:-1, None] + self.c[:, 1:] * h)
+        t, t_model = (
+            torch.cat([torch.cat([u[:-1, None], inner], 1).flatten(), u[-1:]])
+            for u in (grid.t, grid.t_model)
+        )
+        fine = TimeGrid(schedule, t, t_model)
+        s = fine.s.unfold(0, k + 1, k)  # (N, k+1), each row one step with both its ends
+        noise_form = self.prediction == "noise"
+        # amount[:, j] y's share of the evaluations at stage j, of the whole step for j = k
+        reach = s - s[:, :1] if noise_form else 1 - s / s[:, :1]
+        amount = reach[:, :, None] * torch.cat([self.a, self.b[:, None]], 1)
+        keep = torch.ones_like(s[:, 1:]) if noise_form else s[:, 1:] / s[:, :-1]
+        gain = s.diff() if noise_form else 1 - keep
+        weights = (amount[:, 1:] - keep[..., None] * amount[:, :-1]) / gain[..., None]
+        newest_first = [weights[:, j, : j + 1].flip(1) for j in range(k)]
+        rows = [torch.nn.functional.pad(row, (0, k - row.shape[1])) for row in newest_first]
+        return Coefficients(torch.stack(rows, 1).flatten(0, 1), None, self.prediction), fine
 
 
-def count_parameters(coefficients: Coefficients, time_dependent: bool = True) -> int:
+def count_parameters(
+    coefficients: Coefficients | SingleStepCoefficients,
+    time_dependent: bool = True,
+    as_printed: bool = False,
+) -> int:
     """Learnable numbers in the table (Table 1): k (2N + 1 - k) / 2 for a predictor.
 
-    A corrector counts as Table 1 does, as much again. With time_dependent=False (the "Glob."
-    rows of Table 9) the rows with full memory share one set: k (k + 1) / 2.
+    A corrector counts as Table 1 does, as much again; m states as b with k = m. With
+    time_dependent=False (the "Glob." rows of Table 9) the rows with full memory share one set:
+    k (k + 1) / 2. A single-step solver has (k^2 + 3k - 2) / 2 a step, since an explicit method has
+    k (k - 1) / 2 weights a; `as_printed` gives Table 1's k^2 + k - 1.
     """
-    N, k = coefficients.b.shape
-    rows = k * (2 * N + 1 - k) // 2 if time_dependent else k * (k + 1) // 2
-    return rows if coefficients.c is None else 2 * rows
+    if isinstance(coefficients, SingleStepCoefficients):
+        (N, k), rows = coefficients.b.shape, len(coefficients.b) if time_dependent else 1
+        return rows * (k * k + k - 1 if as_printed else (k * k + 3 * k - 2) // 2)
+    N, k = coefficients.b.shape[:2]
+
+    def banded(k: int) -> int:
+        return k * (2 * N + 1 - k) // 2 if time_dependent else k * (k + 1) // 2
+
+    correctors = 1 if coefficients.c is None else 2
+    states = 0 if coefficients.a is None else banded(coefficients.a.shape[1])
+    return correctors * banded(k) * coefficients.b[0, 0].numel() + states
+
+
+def consistent(coefficients):
+    """The same solver with rows of b that sum to 1, each weight moved alike (App. H.2.4)."""
+    b = coefficients.b
+    exists = torch.ones_like(b)
+    if isinstance(coefficients, Coefficients):
+        exists = exists.tril()
+    excess = (b.sum(1, keepdim=True) - 1) / exists.sum(1, keepdim=True)
+    return replace(coefficients, b=b - excess * exists)
 
 
 # --- Published solvers as tables ------------------------------------------------------------
@@ -252,18 +389,63 @@ def gaussian(
     return Coefficients(b.tril(), None, prediction)
 
 
-SOLVERS: dict[str, Callable[..., Coefficients]] = {
+def dpm_solver(grid: TimeGrid, order: int = 2, prediction: str = "noise") -> SingleStepCoefficients:
+    """Single-step DPM-Solver-2 and -3 (Lu et al. 2022a); "data" gives DPM-Solver++(2S), (3S).
+
+    `grid` holds the ends of the steps; each takes `order` calls, at 1/2 or 1/3 and 2/3 of h.
+    """
+    one_of("prediction form", prediction, PREDICTIONS)
+    if order not in (2, 3) or isinstance(order, bool):
+        raise UsageError(
+            f"order must be a whole number, 2 or 3 for single-step DPM-Solver, not {order!r}"
+        )
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    a, b, c = [], [], [0.0, 1 / 2] if order == 2 else [0.0, 1 / 3, 2 / 3]
+    for z in grid.lam.diff() * (1 if prediction == "noise" else -1):
+        if order == 2:
+            a.append([[zero, zero], [one, zero]])
+            b.append([zero, one])
+            continue
+        _, phi_1, phi_2 = _phi(2, c[2] * z)
+        inner = c[2] / c[1] * phi_2 / phi_1
+        _, phi_1, phi_2 = _phi(2, z)
+        last = phi_2 / phi_1 / c[2]
+        a.append([[zero, zero, zero], [one, zero, zero], [1 - inner, inner, zero]])
+        b.append([1 - last, zero, last])
+    c = torch.tensor([c], dtype=torch.float64).repeat(grid.nfe, 1)
+    a = torch.stack([_table(rows, order) for rows in a])
+    return SingleStepCoefficients(_table(b, order), a, c, prediction)
+
+
+SOLVERS: dict[str, Callable[..., Coefficients | SingleStepCoefficients]] = {
     "ddim": ddim,
     "ipndm": ipndm,
     "dpm_solver_pp": dpm_solver_pp,
     "exponential_adams": exponential_adams,
     "deis": deis,
     "unipc": unipc,
+    "dpm_solver": dpm_solver,
     "gaussian": gaussian,
 }
 # The highest order published, where there is one: a learned solver of a higher order starts
 # there, with zeros for the evaluations further back.
 HIGHEST_ORDER = {"ddim": 1, "ipndm": 4, "dpm_solver_pp": 3}
+SINGLE_STEP = ("dpm_solver",)
+
+
+def count_steps(solver: str, order: int, nfe: int) -> int:
+    """Steps that a solver in SOLVERS makes of `nfe` network calls: nfe, or nfe / order.
+
+    Raises UsageError where a single-step solver cannot spend exactly nfe calls.
+    """
+    if solver not in SINGLE_STEP:
+        return nfe
+    if nfe % order:
+        raise UsageError(
+            f"{solver} takes {order} calls a step at order {order}, so nfe must be a multiple of "
+            f"{order}, not {nfe}"
+        )
+    return nfe // order
 
 
 # --- The loop -------------------------------------------------------------------------------
@@ -272,7 +454,7 @@ HIGHEST_ORDER = {"ddim": 1, "ipndm": 4, "dpm_solver_pp": 3}
 def trajectory(
     denoiser: Callable[[Tensor, Tensor], Tensor],
     x_T: Tensor,
-    coefficients: Coefficients,
+    coefficients: Coefficients | SingleStepCoefficients,
     grid: TimeGrid,
 ) -> Iterator[Tensor]:
     """Yield x at t_0 = T, t_1, .., t_N (before any correction), each like x_T, (B, ...).
@@ -280,6 +462,7 @@ def trajectory(
     One call denoiser(x, t) -> x_0 estimate a step, t a float64 scalar tensor. Differentiable in
     x_T, the coefficients and the grid.
     """
+    coefficients, grid = coefficients.unroll(grid)
     schedule, s = grid.schedule, grid.s
     alpha = schedule.alpha(grid.t)
     # Decoupled times are also those of the conversion from D to eps (Tong et al. 2024).
@@ -287,18 +470,30 @@ def trajectory(
     noise_form = coefficients.prediction == "noise"
     keep = torch.ones_like(s[1:]) if noise_form else s[1:] / s[:-1]
     gain = s.diff() if noise_form else 1 - keep
-    b = gain[:, None] * coefficients.b
-    c = None if coefficients.c is None else gain[:, None] * coefficients.c
 
-    def step(i: int, y: Tensor, weights: Tensor) -> Tensor:
-        y = keep[i] * y
-        for weight, evaluation in zip(weights[i], evaluations, strict=False):
-            y = y + weight * evaluation
-        return y
+    def scaled(factor: Tensor, table: Tensor | None) -> Tensor | None:
+        if table is None:
+            return None
+        table = factor.view(-1, *[1] * (table.ndim - 1)) * table
+        return table.to(x_T) if table.ndim > 2 else table  # scalars go with any device and dtype
 
-    evaluations: list[Tensor] = []  # newest first
-    x, y = x_T, x_T / alpha[0]
-    y_before = y
+    b, c = scaled(gain, coefficients.b), scaled(gain, coefficients.c)
+    a = keep[:, None] if coefficients.a is None else scaled(keep, coefficients.a)
+    d = scaled(torch.ones_like(keep), coefficients.d)
+    of_x, of_D = 1 / sigma_model[:-1], -(alpha_model / sigma_model)[:-1]
+    if coefficients.l is not None:
+        of_x = scaled(of_x, 1 - coefficients.l)
+
+    def step(i: int, weights: Tensor) -> Tensor:
+        terms = [*zip(a[i], states, strict=False), *zip(weights[i], evaluations, strict=False)]
+        y = terms[0][0] * terms[0][1]
+        for weight, term in terms[1:]:
+            y = y + weight * term
+        return y if d is None else y + d[i]
+
+    states: list[Tensor] = [x_T / alpha[0]]  # newest first, as are the evaluations
+    evaluations: list[Tensor] = []
+    x, y = x_T, states[0]
     yield x
     for i in range(grid.nfe):
         evaluation = denoiser(x, grid.t_model[i])
@@ -308,12 +503,14 @@ def trajectory(
                 f"{tuple(x.shape)}; it must return an estimate of x_0 of the same shape"
             )
         if noise_form:
-            evaluation = (x - alpha_model[i] * evaluation) / sigma_model[i]
+            evaluation = of_x[i] * x + of_D[i] * evaluation
         evaluations = [evaluation, *evaluations]
-        if c is not None and i > 0:
-            y = step(i - 1, y_before, c)
+        if i > 0:
+            if c is not None:
+                y = step(i - 1, c)
+            states = [y, *states][: a.shape[1]]
         evaluations = evaluations[: coefficients.order]
-        y_before, y = y, step(i, y, b)
+        y = step(i, b)
         x = alpha[i + 1] * y
         yield x
 
@@ -332,7 +529,7 @@ class Solver:
     Raises UsageError if the table and the grid have different numbers of steps.
     """
 
-    coefficients: Coefficients
+    coefficients: Coefficients | SingleStepCoefficients
     grid: TimeGrid
     provenance: dict = field(default_factory=dict)
 
@@ -348,8 +545,8 @@ class Solver:
 
     @property
     def nfe(self) -> int:
-        """Network calls a sample: N."""
-        return self.grid.nfe
+        """Network calls a sample: N, or k N for a single-step solver of k stages."""
+        return self.coefficients.nfe
 
     def trajectory(self, denoiser, x_T: Tensor) -> Iterator[Tensor]:
         """Yield x at t_0 .. t_N; see the function of the same name."""
@@ -381,16 +578,17 @@ class Solver:
 
     def to_dict(self) -> dict:
         """The file's contents as plain numbers, lists and strings."""
-        c = self.coefficients.c
+        kind = next(k for k, made in KINDS.items() if type(self.coefficients) is made)
+        tables = {n: getattr(self.coefficients, n) for n in _tables(kind)}
         return {
             "format": FORMAT,
             "version": VERSION,
+            "kind": kind,
             "prediction": self.coefficients.prediction,
             "schedule": self.grid.schedule.to_dict(),
             "t": self.grid.t.tolist(),
             "t_model": self.grid.t_model.tolist(),
-            "b": self.coefficients.b.tolist(),
-            "c": None if c is None else c.tolist(),
+            **{n: None if table is None else table.tolist() for n, table in tables.items()},
             "provenance": self.provenance,
         }
 
@@ -399,21 +597,27 @@ class Solver:
         """The inverse of `to_dict`; UsageError for anything that is not such a solver."""
         if not isinstance(entries, dict) or entries.get("format") != FORMAT:
             raise UsageError(f"not a solver: it must be a JSON object with format {FORMAT!r}")
-        if entries.get("version") != VERSION:
+        if entries.get("version") == 1:
+            entries = {"kind": "multistep", "a": None, "l": None, "d": None, **entries}
+        elif entries.get("version") != VERSION:
             raise UsageError(
-                f"solver of version {entries.get('version')!r}, but this package reads version "
-                f"{VERSION}: save it again with the package that is installed here"
+                f"solver of version {entries.get('version')!r}, but this package reads versions "
+                f"1 and {VERSION}: save it again with the package that is installed here"
             )
-        missing = {"prediction", "schedule", "t", "t_model", "b", "c", "provenance"} - set(entries)
+        kind = entries.get("kind")
+        one_of("kind of solver", kind, KINDS)
+        needed = {"prediction", "schedule", "t", "t_model", "provenance", *_tables(kind)}
+        missing = needed - set(entries)
         if missing:
             raise UsageError(f"the solver lacks {', '.join(sorted(missing))}")
         if not isinstance(entries["provenance"], dict):
             raise UsageError(f"provenance must be an object, not {entries['provenance']!r}")
-        coefficients = Coefficients(
-            _numbers("b", entries["b"]),
-            None if entries["c"] is None else _numbers("c", entries["c"]),
-            entries["prediction"],
-        )
+        optional = {f.name for f in fields(KINDS[kind]) if f.default is None}
+        tables = {
+            n: None if n in optional and entries[n] is None else _numbers(n, entries[n])
+            for n in _tables(kind)
+        }
+        coefficients = KINDS[kind](**tables, prediction=entries["prediction"])
         grid = TimeGrid(
             schedule_from_dict(entries["schedule"]),
             _numbers("t", entries["t"]),
@@ -440,7 +644,12 @@ class Solver:
             raise UsageError(f"{path} is not a readable solver file ({error})") from None
 
 
-FORMAT, VERSION = "s4s-solver", 1
+FORMAT, VERSION = "s4s-solver", 2
+KINDS = {"multistep": Coefficients, "single_step": SingleStepCoefficients}
+
+
+def _tables(kind: str) -> list[str]:
+    return [f.name for f in fields(KINDS[kind]) if f.name != "prediction"]
 
 
 def _numbers(name: str, values) -> Tensor:

@@ -17,7 +17,7 @@ from .model import Denoiser, GaussianMixture, from_denoiser
 from .networks import digits_data, load_network
 from .objective import SMALLEST_SIDE
 from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
-from .solver import SOLVERS, Solver
+from .solver import SOLVERS, Solver, count_steps
 
 PACKAGE = Path(__file__).parent
 WEIGHTS = PACKAGE / "weights"
@@ -70,6 +70,8 @@ class Params:
     grad_clip: float = 1.0
     peak_decay: float = 0.8
     time_dependent: bool = True
+    consistent: bool = False
+    states: int = 0
     grid_variable: str = "lam"
     offset_fraction: float = 0.5
     ld3_order: int = 3
@@ -111,12 +113,12 @@ _CHOICES = {
     "teacher_grid": GRIDS,
     "unipc_variant": ("bh1", "bh2"),
     "first_phase": ("phi", "xi"),
-    "distance": ("l2", "lpips", "features"),
+    "distance": ("l2", "psnr", "lpips", "features"),
     "lpips_net": SMALLEST_SIDE,
     "grid_variable": VARIABLES,
     "ld3_start": GRIDS,
 }
-_MAY_BE_ZERO = {"gamma", "lr_x", "lr_xi_c", "lpips_resize", "offset_fraction"}
+_MAY_BE_ZERO = {"states", "gamma", "lr_x", "lr_xi_c", "lpips_resize", "offset_fraction"}
 
 
 def _wrong_type(key: str, expected: type, value) -> str:
@@ -188,7 +190,8 @@ class Setup:
     def teacher(self) -> Solver:
         """The accurate solver that `params` name (Psi* of Alg. 1)."""
         p = self.params
-        grid = GRIDS[p.teacher_grid](self.schedule, p.teacher_nfe)
+        steps = count_steps(p.teacher_solver, p.teacher_order, p.teacher_nfe)
+        grid = GRIDS[p.teacher_grid](self.schedule, steps)
         return Solver(published(p.teacher_solver, grid, p.teacher_order, p), grid)
 
     @cached_property
