@@ -74,8 +74,10 @@ class Coefficients:
                 raise UsageError(f"{name} must have shape {shape} here, not {tuple(table.shape)}")
             if not table.isfinite().all():
                 raise UsageError(f"{name} must be finite, not {table.tolist()}")
+            if name in ("l", "d"):
+                continue
             future = torch.ones(shape, dtype=torch.bool).triu(2 if name == "c" else 1)
-            if len(shape) == 2 and table.detach()[future].any():
+            if table.detach()[future].any():
                 what = "states" if name == "a" else "evaluations"
                 raise UsageError(f"{name} weighs {what} that do not exist yet")
         if self.l is not None and self.prediction == "data":
@@ -178,7 +180,7 @@ class SingleStepCoefficients:
         noise_form = self.prediction == "noise"
         # amount[:, j] y's share of the evaluations at stage j, of the whole step for j = k
         reach = s - s[:, :1] if noise_form else 1 - s / s[:, :1]
-        amount = reach[:, :, None] * torch.cat([self.a, self.b[:, None]], 1)
+        amount = reach[:, :, None] * torch.cat([self.a.tril(-1), self.b[:, None]], 1)
         keep = torch.ones_like(s[:, 1:]) if noise_form else s[:, 1:] / s[:, :-1]
         gain = s.diff() if noise_form else 1 - keep
         weights = (amount[:, 1:] - keep[..., None] * amount[:, :-1]) / gain[..., None]
@@ -218,7 +220,7 @@ def consistent(coefficients):
     exists = torch.ones_like(b)
     if isinstance(coefficients, Coefficients):
         exists = exists.tril()
-    excess = (b.sum(1, keepdim=True) - 1) / exists.sum(1, keepdim=True)
+    excess = ((b * exists).sum(1, keepdim=True) - 1) / exists.sum(1, keepdim=True)
     return replace(coefficients, b=b - excess * exists)
 
 
@@ -471,15 +473,13 @@ def trajectory(
     keep = torch.ones_like(s[1:]) if noise_form else s[1:] / s[:-1]
     gain = s.diff() if noise_form else 1 - keep
 
-    def scaled(factor: Tensor, table: Tensor | None) -> Tensor | None:
-        if table is None:
-            return None
-        table = factor.view(-1, *[1] * (table.ndim - 1)) * table
-        return table.to(x_T) if table.ndim > 2 else table  # scalars go with any device and dtype
+    def scaled(factor: Tensor, table: Tensor) -> Tensor:
+        return (factor.view(-1, *[1] * (table.ndim - 1)) * table).to(x_T)
 
-    b, c = scaled(gain, coefficients.b), scaled(gain, coefficients.c)
     a = keep[:, None] if coefficients.a is None else scaled(keep, coefficients.a)
-    d = scaled(torch.ones_like(keep), coefficients.d)
+    b = scaled(gain, coefficients.b)
+    c = None if coefficients.c is None else scaled(gain, coefficients.c)
+    d = None if coefficients.d is None else coefficients.d.to(x_T)
     of_x, of_D = 1 / sigma_model[:-1], -(alpha_model / sigma_model)[:-1]
     if coefficients.l is not None:
         of_x = scaled(of_x, 1 - coefficients.l)

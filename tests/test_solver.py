@@ -25,6 +25,7 @@ from s4s_core import (
     count_parameters,
     ddim,
     deis,
+    dpm_solver,
     dpm_solver_pp,
     exponential_adams,
     gaussian,
@@ -114,6 +115,81 @@ def test_solver_gives_its_golden_number(name):
     grid = time_edm(EDM(), 5)
     x_0 = solve(standard_normal, torch.ones(1, 1, dtype=torch.float64), make(grid), grid)
     assert x_0.item() == pytest.approx(expected, abs=1e-12)
+
+
+def literally(denoiser, x_T, table, grid):
+    """Every table of `Coefficients` applied as its docstring says, without any shortcut."""
+    schedule, N = grid.schedule, grid.nfe
+    alpha, s, data = schedule.alpha(grid.t), grid.s, table.prediction == "data"
+    states, evaluations = [x_T / alpha[0]], []
+
+    def step(i, weights, new=()):
+        keep, gain = (s[i + 1] / s[i], 1 - s[i + 1] / s[i]) if data else (1, s[i + 1] - s[i])
+        a = table.a[i] if table.a is not None else [1.0]
+        past = evaluations[: i + 1][::-1]
+        y = sum(keep * w * y for w, y in zip(a, states[: i + 1][::-1], strict=False))
+        y = y + sum(gain * w * e for w, e in zip(weights[i], [*new, *past], strict=False))
+        return y if table.d is None else y + table.d[i]
+
+    y = states[0]
+    for i in range(N):
+        evaluation = denoiser(alpha[i] * y, grid.t[i])
+        if not data:
+            evaluation = (y - evaluation) / s[i]
+            if table.l is not None:
+                evaluation = evaluation - table.l[i] * y / s[i]
+        if i > 0:
+            if table.c is not None:
+                y = step(i - 1, table.c, [evaluation])
+            states.append(y)
+        evaluations.append(evaluation)
+        y = step(i, table.b)
+    return alpha[N] * y
+
+
+@pytest.mark.parametrize("prediction", ["noise", "data"])
+@pytest.mark.parametrize("corrector", [False, True])
+@pytest.mark.parametrize("shape", [(), (3,)], ids=["scalars", "pixels"])
+@pytest.mark.parametrize("schedule", [EDM(), SD], ids=["EDM", "SD"])
+def test_every_table_acts_as_it_says(toy, noise, schedule, shape, corrector, prediction):
+    nfe, order, states = 5, 3, 2
+    lower = torch.ones(nfe, order + 1).tril(1).view(nfe, order + 1, *[1] * len(shape))
+    table = Coefficients(
+        (1 / order + 0.3 * noise(1, nfe, order, *shape)) * lower[:, 1:],
+        (1 / order + 0.3 * noise(2, nfe, order + 1, *shape)) * lower if corrector else None,
+        prediction,
+        a=(0.5 + 0.1 * noise(3, nfe, states, *shape)) * lower[:, 1:][:, :states],
+        l=0.3 * noise(4, nfe, *shape) if prediction == "noise" else None,
+        d=0.1 * noise(5, nfe, *shape),
+    )
+    grid, x_T = time_logsnr(schedule, nfe), noise(6, 4, 3)
+    found = solve(toy(schedule), x_T, table, grid)
+    expected = literally(toy(schedule), x_T, table, grid)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    single = solve(lambda x, t: toy(schedule)(x.double(), t).float(), x_T.float(), table, grid)
+    assert single.dtype == torch.float32  # as x_T, whatever the tables are
+    torch.testing.assert_close(single.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_data_form_solver_is_a_noise_form_one_with_a_coefficient_of_x(toy, noise):
+    # y_i = a_i y_{i-1} + ... with full memory holds rows that do not sum to 1 (Shaul et al. 2024b).
+    nfe, s = 4, (grid := time_logsnr(SD, 4)).s
+    data = random_coefficients(noise, nfe, 2, "data", False)
+    # y_i = A_i y_0 + sum_l C_il eps_l, unrolled with D = y - s eps.
+    states, shares = [torch.eye(nfe + 1, dtype=torch.float64)[0]], []
+    for i in range(nfe):
+        shares.insert(0, states[-1] - s[i] * torch.eye(nfe + 1, dtype=torch.float64)[i + 1])
+        q = s[i + 1] / s[i]
+        new = sum(w * share for w, share in zip(data.b[i], shares, strict=False))
+        states.append(q * states[-1] + (1 - q) * new)
+    a, b = torch.zeros(nfe, 1, dtype=torch.float64), torch.zeros(nfe, nfe, dtype=torch.float64)
+    for i in range(nfe):
+        a[i, 0] = states[i + 1][0] / states[i][0]
+        rest = (states[i + 1] - a[i, 0] * states[i])[1:] / (s[i + 1] - s[i])
+        b[i, : i + 1] = rest[: i + 1].flip(0)
+    x_T = noise(6, 4, 3)
+    found = solve(toy(SD), x_T, Coefficients(b, None, "noise", a=a), grid)
+    torch.testing.assert_close(found, solve(toy(SD), x_T, data, grid), rtol=1e-10, atol=1e-11)
 
 
 def test_rows_have_their_golden_values():
@@ -518,6 +594,10 @@ def test_widening_a_table_leaves_the_solver_as_it_was(toy, noise):
         assert wide.order == 5
         a = solve(toy(EDM()), x_T, table, grid)
         assert torch.equal(solve(toy(EDM()), x_T, wide, grid), a)
+        deep = table.widen(5, states=6)
+        assert deep.a.shape == (6, 6)
+        assert count_parameters(deep) == count_parameters(wide) + 21
+        torch.testing.assert_close(solve(toy(EDM()), x_T, deep, grid), a, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -547,7 +627,7 @@ def test_an_impossible_order_is_refused_in_one_sentence(one_sentence, make):
             make(grid, order)
     with one_sentence("order"):
         make(grid, 7)
-    if make not in (ddim, ipndm, dpm_solver_pp):
+    if make not in (ddim, ipndm, dpm_solver_pp, dpm_solver):
         with one_sentence("order 4", "4 steps", "raise nfe"):
             make(grid, 4)
 
@@ -558,6 +638,20 @@ def test_orders_beyond_the_published_are_refused_in_one_sentence(one_sentence):
         make(grid, highest)
         with one_sentence(f"up to order {highest}"):
             make(grid, highest + 1)
+
+
+def test_odd_tables_of_states_and_pixels_are_refused_in_one_sentence(one_sentence):
+    b = torch.ones(3, 2, dtype=torch.float64).tril()
+    with one_sentence("a weighs states", "not exist"):
+        Coefficients(b, a=torch.ones(3, 2))
+    with one_sentence("a must have shape (3, 3)"):
+        Coefficients(b, a=torch.ones(3, 4).tril())
+    with one_sentence("d must have shape (3,)"):
+        Coefficients(b, d=torch.ones(4))
+    with one_sentence("l must be finite"):
+        Coefficients(b, l=torch.full((3,), math.inf))
+    with one_sentence("l needs", "noise"):
+        Coefficients(b, None, "data", l=torch.ones(3))
 
 
 def test_unknown_variants_and_forms_are_refused_in_one_sentence(one_sentence):
@@ -768,7 +862,9 @@ def test_a_good_file_loads(saved):
     [
         ("format", "another", ["format", "s4s-solver"]),
         ("format", None, ["format", "s4s-solver"]),
-        ("version", 2, ["version 2", "version 1"]),
+        ("version", 3, ["version 3", "versions 1 and 2"]),
+        ("kind", None, ["kind of solver", "multistep"]),
+        ("kind", "magic", ["magic", "multistep", "single_step"]),
         ("version", None, ["version"]),
         ("prediction", "x0", ["prediction form", "x0", "noise"]),
         ("prediction", 3, ["prediction form"]),
@@ -801,7 +897,7 @@ def test_a_file_with_a_wrong_entry_is_refused_in_one_sentence(
         Solver.load(write({**entries, key: value}))
 
 
-@pytest.mark.parametrize("key", "prediction schedule t t_model b c provenance".split())
+@pytest.mark.parametrize("key", "prediction schedule t t_model b c a l d provenance".split())
 def test_a_file_without_an_entry_is_refused_in_one_sentence(one_sentence, saved, key):
     entries, write = saved
     del entries[key]
@@ -842,6 +938,12 @@ def test_a_missing_file_or_a_folder_is_refused_in_one_sentence(one_sentence, tmp
         Solver.load(tmp_path / "nowhere.json")
     with one_sentence(tmp_path.name):
         Solver.load(tmp_path)
+
+
+def test_a_file_of_version_1_still_loads(saved):
+    entries, write = saved
+    old = {k: v for k, v in entries.items() if k not in ("kind", "a", "l", "d")} | {"version": 1}
+    assert Solver.load(write(old)).to_dict() == entries
 
 
 def test_loading_executes_nothing(saved):
