@@ -111,26 +111,31 @@ def plot_coefficients(coefficients, ax=None):
 
 
 @mpl.rc_context(STYLE)
-def plot_metric(rows, x="nfe", y="frechet", by="solver", ax=None, ylabel=None, log=True):
+def plot_metric(rows, x="nfe", y="frechet", by="solver", ax=None, ylabel=None, log=True, line=None):
     """Curves of the mean of `y` over rows that agree in `by` and `x`; the band is min to max.
 
     rows  dictionaries, one for each run; seeds are what differs within a group
-    by    key of a row, or a tuple of keys, that tells the curves apart
-    Raises KeyError where a row lacks `x`, `y` or a key of `by`.
+    by    key of a row, or a tuple of keys, that tells the curves apart by colour and marker
+    line  a further key that tells them apart by the style of the line; by default as `by`
+    Raises KeyError where a row lacks `x`, `y` or a key of `by` or `line`.
     """
     ax = _axes(ax, (5.5, 3.6))
     keys = (by,) if isinstance(by, str) else tuple(by)
     curves = {}
     for row in rows:
-        points = curves.setdefault(", ".join(str(row[key]) for key in keys), {})
+        name = ", ".join(str(row[key]) for key in keys)
+        points = curves.setdefault((name, row[line] if line else ""), {})
         points.setdefault(row[x], []).append(float(row[y]))
-    for n, (name, points) in enumerate(curves.items()):
-        at = sorted(points)
-        color = COLORS[n % len(COLORS)]
+    looks = list(dict.fromkeys(name for name, _ in curves))
+    styles = list(dict.fromkeys(style for _, style in curves))
+    for (name, style), points in curves.items():
+        at, n = sorted(points), looks.index(name)
+        color, dashes = COLORS[n % len(COLORS)], styles.index(style) if line else n
         ax.fill_between(at, [min(points[p]) for p in at], [max(points[p]) for p in at],
                         color=color, alpha=0.18, lw=0)  # fmt: skip
-        ax.plot(at, [np.mean(points[p]) for p in at], color=color, label=name,
-                marker=MARKERS[n % len(MARKERS)], ls=LINES[n % len(LINES)], ms=5.5)  # fmt: skip
+        ax.plot(at, [np.mean(points[p]) for p in at], color=color,
+                label=f"{name}, {style}" if line else name, marker=MARKERS[n % len(MARKERS)],
+                ls=LINES[dashes % len(LINES)], ms=5.5)  # fmt: skip
     if log:
         ax.set_yscale("log")
     ax.set_xticks(sorted({row[x] for row in rows}))
@@ -247,6 +252,26 @@ def compare(rows, by: str, within=("method", "nfe"), value="frechet", digits=3) 
         means = [f"{np.mean(runs[setting]):.{digits}f}" for setting in (first, second)]
         lines.append([*map(str, group), str(first), str(second), *means, "yes" if clear else "no"])
     return _markdown(lines)
+
+
+def cells_better(
+    rows, setting: str, than: str, by="learn", within=("grid", "solver", "nfe"), value="frechet"
+) -> Table:
+    """In how many cells of `within` the mean of `value` is smaller for one setting of `by`.
+
+    Cells where it is not are named, with both means; "clear" counts those in which the worst seed
+    of the better setting beats the best seed of the other.
+    """
+    cells = {}
+    for row in rows:
+        cell = cells.setdefault(tuple(row[key] for key in within), {})
+        cell.setdefault(row[by], []).append(row[value])
+    pairs = {k: (c[setting], c[than]) for k, c in cells.items() if setting in c and than in c}
+    worse = {k: (np.mean(a), np.mean(b)) for k, (a, b) in pairs.items() if np.mean(a) >= np.mean(b)}
+    clear = sum(max(a) < min(b) for a, b in pairs.values())
+    text = f"{value}: better in {len(pairs) - len(worse)} of {len(pairs)} cells, clearly in {clear}"
+    lines = [f"- {', '.join(map(str, k))}: {a:.3f} against {b:.3f}" for k, (a, b) in worse.items()]
+    return Table("\n".join([text + (", not in" if worse else ""), "", *lines]))
 
 
 def save(figure, path: str, rows=()) -> None:

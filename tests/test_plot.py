@@ -196,3 +196,39 @@ def test_save_writes_the_figure_and_its_rows_and_nothing_for_an_empty_path(tmp_p
     plot.save(figure, "order.svg", ROWS)
     assert (tmp_path / "order.svg").read_text().startswith("<?xml")
     assert (tmp_path / "order.csv").read_text().splitlines()[1] == "S4S,3,4,0,7.0"
+
+
+def test_cells_better_counts_means_and_names_the_rest():
+    rows = [
+        {"learn": learn, "grid": grid, "solver": "ipndm", "nfe": nfe, "frechet": value}
+        for grid, nfe, none, learned in [
+            ("edm", 3, [4.0, 4.0], [1.0, 2.0]),  # clear
+            ("edm", 4, [4.0], [3.0, 4.5]),  # better on average, one seed is not
+            ("dmn", 4, [2.0], [2.0, 2.5]),  # worse
+            ("dmn", 5, [2.0], []),  # no pair
+        ]
+        for learn, values in (("none", none), ("coefficients", learned))
+        for value in values
+    ]
+    text = plot.cells_better(rows, "coefficients", "none")
+    assert text.splitlines() == [
+        "frechet: better in 2 of 3 cells, clearly in 1, not in",
+        "",
+        "- dmn, ipndm, 4: 2.250 against 2.000",
+    ]
+    assert "better in 2 of 2 cells, clearly in 1" in plot.cells_better(
+        [row for row in rows if row["grid"] == "edm"], "coefficients", "none"
+    )
+
+
+def test_a_line_style_of_its_own_leaves_the_colour_to_by():
+    rows = [
+        {"nfe": nfe, "frechet": 1.0 + nfe, "solver": solver, "learn": learn}
+        for solver in ("ipndm", "unipc")
+        for learn in ("none", "coefficients")
+        for nfe in (3, 4)
+    ]
+    lines = plot.plot_metric(rows, line="learn").get_lines()
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
+    assert looks["ipndm, none"][0] == looks["ipndm, coefficients"][0] != looks["unipc, none"][0]
+    assert looks["ipndm, none"][1] == looks["unipc, none"][1] != looks["unipc, coefficients"][1]
