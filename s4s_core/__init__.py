@@ -12,10 +12,12 @@ from .grid import (
     LearnedGrid,
     TimeGrid,
     time_edm,
+    time_edm_t,
     time_logsnr,
     time_quadratic,
     time_uniform,
 )
+from .grid_search import ays, cheapest_path, dmn, dmn_bound, gits
 from .learn import (
     Epoch,
     LearningDiverged,

@@ -30,6 +30,7 @@ from . import __version__, zoo
 from .base import UsageError, one_of, progress, write_atomically
 from .evaluate import feature_sums, frechet_distance
 from .grid import GRIDS, TimeGrid
+from .grid_search import ays, dmn, gits
 from .learn import (
     LearningDiverged,
     learn_alternating,
@@ -39,6 +40,7 @@ from .learn import (
     learn_jointly,
     learn_times,
 )
+from .schedule import VPDiscrete
 from .solver import (
     HIGHEST_ORDER,
     SINGLE_STEP,
@@ -48,7 +50,14 @@ from .solver import (
     Solver,
     count_steps,
 )
-from .teacher import SEED_LIMIT, TeacherSet, generate, make_teacher_set
+from .teacher import (
+    SEED_LIMIT,
+    SEEDS_PER_SET,
+    TeacherSet,
+    generate,
+    initial_noise,
+    make_teacher_set,
+)
 
 LEARN = {
     "none": None,
@@ -62,6 +71,27 @@ LEARN = {
 load = cache(zoo.load)
 
 
+def _dmn(setup: zoo.Setup, nfe: int) -> TimeGrid:
+    weighting = "latent" if isinstance(setup.schedule, VPDiscrete) else "pixel"
+    return dmn(setup.schedule, nfe, weighting)
+
+
+def _gits(setup: zoo.Setup, nfe: int) -> TimeGrid:
+    first = SEEDS_PER_SET * (SEED_LIMIT + 1)  # noise above every teacher set's and evaluation's
+    x_T = initial_noise(setup, range(first, first + 256))  # as many as Chen et al. (2024) use
+    return gits(setup.denoiser, x_T, setup.schedule, nfe)
+
+
+# Grids that depend on the model and nfe, but on neither solver nor seed.
+SEARCHED = {
+    "dmn": _dmn,
+    "gits": _gits,
+    "ays_sd15": lambda setup, nfe: ays(setup.schedule, nfe, "sd15"),
+    "ays_sdxl": lambda setup, nfe: ays(setup.schedule, nfe, "sdxl"),
+}
+GRID_NAMES = [*GRIDS, *SEARCHED, "ld3"]
+
+
 def results_folder() -> Path:
     """Where results are kept: $S4S_RESULTS, or `results/` in the checkout or the working folder."""
     root = zoo.PACKAGE.parent
@@ -73,7 +103,7 @@ def results_folder() -> Path:
 class Experiment:
     """What to learn, from where, and how many network calls; see params/ for everything else.
 
-    dataset  a file in params/            grid   a name in GRIDS, or "ld3": learned by LD3
+    dataset  a file in params/            grid   a name in GRID_NAMES; "ld3" is learned
     solver   a name in SOLVERS            order  evaluations a step may use, at most nfe
     learn    a name in LEARN              seed   of the teacher set and of the batches
     settings replaces entries of params/<dataset>.yaml by name; None leaves one as it is
@@ -92,7 +122,7 @@ class Experiment:
 
     def __post_init__(self):
         one_of("dataset", self.dataset, zoo.datasets())
-        one_of("grid", self.grid, [*GRIDS, "ld3"])
+        one_of("grid", self.grid, GRID_NAMES)
         one_of("solver", self.solver, SOLVERS)
         one_of("value of learn", self.learn, LEARN)
         for name, lowest in (("order", 1), ("nfe", 1), ("seed", 0)):
@@ -232,20 +262,20 @@ def run_all(experiments: Sequence[Experiment], workers: int | None = None) -> li
     workers = workers or (1 if torch.cuda.is_available() else os.cpu_count())
     missing = [e for e in experiments if not e.path().exists()]
     if workers > 1 and len(missing) > 1:
-        grids = {g.path(): g for g in (_ld3(e) for e in missing if e.grid == "ld3")}
-        _run_in_processes([list(grids.values()), missing], workers)
+        shared = {_with_its_grid(e).path(): e for e in missing if e.grid not in GRIDS}
+        _run_in_processes([(start, list(shared.values())), (run, missing)], workers)
     return [run(e) for e in progress(experiments, desc="results")]
 
 
-def _run_in_processes(rounds: list[list[Experiment]], workers: int) -> None:
+def _run_in_processes(rounds: list[tuple[Callable, list[Experiment]]], workers: int) -> None:
     """Fill the cache, one round after the other: the second needs the first's grids."""
     context = multiprocessing.get_context("spawn")  # forked children inherit torch's locks
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         try:
-            with progress(total=sum(map(len, rounds)), desc="runs") as bar:
-                for experiments in rounds:
-                    for done in as_completed([pool.submit(run, e) for e in experiments]):
+            with progress(total=sum(len(e) for _, e in rounds), desc="runs") as bar:
+                for job, experiments in rounds:
+                    for done in as_completed([pool.submit(job, e) for e in experiments]):
                         done.result()
                         bar.update()
         except KeyboardInterrupt:  # must not wait for the runs that are under way
@@ -259,11 +289,7 @@ def _run_in_processes(rounds: list[list[Experiment]], workers: int) -> None:
 def start(experiment: Experiment) -> Solver:
     """The solver that learning begins with: the published table on the experiment's grid."""
     setup = _setup(experiment)
-    if experiment.grid == "ld3":
-        grid = run(_ld3(experiment)).solver.grid
-    else:
-        steps = count_steps(experiment.solver, experiment.order, experiment.nfe)
-        grid = GRIDS[experiment.grid](setup.schedule, steps)
+    grid = _grid(experiment, setup)
     return Solver(_table(experiment, grid), grid)
 
 
@@ -276,11 +302,30 @@ def _table(experiment: Experiment, grid: TimeGrid) -> Coefficients | SingleStepC
     return table.widen(experiment.order, min(experiment.params.states, grid.nfe))
 
 
+def _grid(experiment: Experiment, setup: zoo.Setup) -> TimeGrid:
+    """The grid by its name, a searched one cached."""
+    name = experiment.grid
+    nfe = count_steps(experiment.solver, experiment.order, experiment.nfe)
+    if name == "ld3":
+        return run(_ld3(experiment)).solver.grid
+    if name in GRIDS:
+        return GRIDS[name](setup.schedule, nfe)
+    make = lambda: {"t": SEARCHED[name](setup, nfe).t}  # noqa: E731
+    return TimeGrid(setup.schedule, _cached_tensors(setup, name, {"nfe": nfe}, make)["t"])
+
+
 def _ld3(experiment: Experiment) -> Experiment:
     """The run whose grid "ld3" is: the same solver at one order, so that orders compare."""
     params = experiment.params
     order = min(params.ld3_order, experiment.nfe, HIGHEST_ORDER.get(experiment.solver, 99))
     return replace(experiment, grid=params.ld3_start, order=order, learn="times")
+
+
+def _with_its_grid(experiment: Experiment) -> Experiment:
+    """The same experiment for all whose grids, learned or searched, are one."""
+    if experiment.grid == "ld3":
+        return _ld3(experiment)
+    return replace(experiment, solver="ddim", order=1, learn="none", seed=0)
 
 
 def _setup(experiment: Experiment) -> zoo.Setup:
@@ -411,7 +456,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 _HELP = {
     "dataset": "a file in params/",
-    "grid": f"{', '.join(GRIDS)} or ld3",
+    "grid": ", ".join(GRID_NAMES),
     "solver": ", ".join(SOLVERS),
     "order": "evaluations a step may use",
     "nfe": "network calls a sample",

@@ -95,6 +95,19 @@ def time_edm(schedule: NoiseSchedule, nfe: int, rho: float = 7.0) -> TimeGrid:
     return _grid(schedule, nfe, times)
 
 
+def time_edm_t(schedule: NoiseSchedule, nfe: int, rho: float = 7.0) -> TimeGrid:
+    """Uniform in t^(1/rho): EDM's rule for t itself, as Tong et al. (2024) run it on latent models.
+
+    On EDM, where t is s, it is `time_edm`.
+    """
+
+    def times(u: Tensor) -> Tensor:
+        first, last = schedule.T ** (1 / rho), schedule.t_min ** (1 / rho)
+        return (first + u * (last - first)) ** rho
+
+    return _grid(schedule, nfe, times)
+
+
 def time_logsnr(schedule: NoiseSchedule, nfe: int) -> TimeGrid:
     """Uniform in lam (Lu et al. 2022a; App. G.1.1)."""
 
@@ -109,6 +122,7 @@ GRIDS = {
     "uniform": time_uniform,
     "quadratic": time_quadratic,
     "edm": time_edm,
+    "edm_t": time_edm_t,
     "logsnr": time_logsnr,
 }
 

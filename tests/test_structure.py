@@ -88,7 +88,7 @@ def test_networks_know_torch_only():
 
 
 def test_importing_the_package_is_light():
-    heavy = "torchvision lpips torch_fidelity diffusers sklearn matplotlib papermill".split()
+    heavy = "scipy torchvision lpips torch_fidelity diffusers sklearn matplotlib papermill".split()
     loaded = f"import sys, s4s_core; print(sorted(set({heavy}) & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True
