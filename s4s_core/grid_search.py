@@ -13,7 +13,9 @@ from .solver import exponential_adams, ipndm, trajectory
 # --- DMN: a bound on the error that knows the noise schedule alone ---------------------------
 
 
-def dmn_bound(lam: Tensor, weighting: str = "pixel", alone: int = 3, smoothing=0.0) -> Tensor:
+def dmn_bound(
+    lam: Tensor, weighting: str = "pixel", alone: int = 3, smoothing: float = 0.0
+) -> Tensor:
     """The bound on the error of a sample that Xue et al. (2024) minimise over lam, (N+1,).
 
     Step i of the data-form solver of order 3 multiplies what the network errs at point n by some
@@ -136,6 +138,8 @@ def gits(
     256 samples and a coefficient of 1.15 (1.20 for Stable Diffusion); above 1 it favours small
     costs late. Raises UsageError if nfe is larger than `points`.
     """
+    if nfe > points:
+        raise UsageError(f"GITS chooses among {points} steps, so nfe cannot be {nfe}: lower it")
     grid = (time_uniform if isinstance(schedule, VPDiscrete) else time_edm)(schedule, points)
     cost = torch.zeros(points + 1, points + 1, dtype=torch.float64)
     for batch in progress(x_T.split(batch_size), desc="gits"):
