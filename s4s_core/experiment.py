@@ -82,14 +82,11 @@ def _gits(setup: zoo.Setup, nfe: int) -> TimeGrid:
     return gits(setup.denoiser, x_T, setup.schedule, nfe)
 
 
-# Grids that depend on the model and nfe, but on neither solver nor seed.
-SEARCHED = {
-    "dmn": _dmn,
-    "gits": _gits,
-    "ays_sd15": lambda setup, nfe: ays(setup.schedule, nfe, "sd15"),
-    "ays_sdxl": lambda setup, nfe: ays(setup.schedule, nfe, "sdxl"),
-}
-GRID_NAMES = [*GRIDS, *SEARCHED, "ld3"]
+# By name: the grids that a schedule and nfe suffice for, and those searched once for a model,
+# which depend on neither solver nor seed. "ld3" depends on both.
+PUBLISHED = {**GRIDS, "ays_sd15": ays, "ays_sdxl": partial(ays, model="sdxl")}
+SEARCHED = {"dmn": _dmn, "gits": _gits}
+GRID_NAMES = [*PUBLISHED, *SEARCHED, "ld3"]
 
 
 def results_folder() -> Path:
@@ -152,7 +149,9 @@ class Experiment:
                 f"{self.solver} is published up to order {highest}: order {self.order} needs "
                 "learned coefficients (learn = coefficients, alternating or jointly)"
             )
-        self.params  # noqa: B018  checks the settings now rather than after an hour
+        schedule = zoo.NAMED_SCHEDULES[self.params.schedule]  # checks the settings, too
+        if self.grid in PUBLISHED:  # now rather than after an hour: not each has every schedule
+            PUBLISHED[self.grid](schedule, self.nfe)
 
     @cached_property
     def params(self) -> zoo.Params:
@@ -262,7 +261,7 @@ def run_all(experiments: Sequence[Experiment], workers: int | None = None) -> li
     workers = workers or (1 if torch.cuda.is_available() else os.cpu_count())
     missing = [e for e in experiments if not e.path().exists()]
     if workers > 1 and len(missing) > 1:
-        shared = {_with_its_grid(e).path(): e for e in missing if e.grid not in GRIDS}
+        shared = {_with_its_grid(e).path(): e for e in missing if e.grid not in PUBLISHED}
         _run_in_processes([(start, list(shared.values())), (run, missing)], workers)
     return [run(e) for e in progress(experiments, desc="results")]
 
@@ -289,7 +288,7 @@ def _run_in_processes(rounds: list[tuple[Callable, list[Experiment]]], workers: 
 def start(experiment: Experiment) -> Solver:
     """The solver that learning begins with: the published table on the experiment's grid."""
     setup = _setup(experiment)
-    grid = _grid(experiment, setup)
+    grid = _time_grid(experiment, setup)
     return Solver(_table(experiment, grid), grid)
 
 
@@ -302,14 +301,14 @@ def _table(experiment: Experiment, grid: TimeGrid) -> Coefficients | SingleStepC
     return table.widen(experiment.order, min(experiment.params.states, grid.nfe))
 
 
-def _grid(experiment: Experiment, setup: zoo.Setup) -> TimeGrid:
+def _time_grid(experiment: Experiment, setup: zoo.Setup) -> TimeGrid:
     """The grid by its name, a searched one cached."""
     name = experiment.grid
     nfe = count_steps(experiment.solver, experiment.order, experiment.nfe)
     if name == "ld3":
         return run(_ld3(experiment)).solver.grid
-    if name in GRIDS:
-        return GRIDS[name](setup.schedule, nfe)
+    if name in PUBLISHED:
+        return PUBLISHED[name](setup.schedule, nfe)
     make = lambda: {"t": SEARCHED[name](setup, nfe).t}  # noqa: E731
     return TimeGrid(setup.schedule, _cached_tensors(setup, name, {"nfe": nfe}, make)["t"])
 

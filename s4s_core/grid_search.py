@@ -13,7 +13,9 @@ from .solver import exponential_adams, ipndm, trajectory
 # --- DMN: a bound on the error that knows the noise schedule alone ---------------------------
 
 
-def dmn_bound(lam: Tensor, weighting: str = "pixel", alone: int = 3, smoothing=0.0) -> Tensor:
+def dmn_bound(
+    lam: Tensor, weighting: str = "pixel", alone: int = 3, smoothing: float = 0.0
+) -> Tensor:
     """The bound on the error of a sample that Xue et al. (2024) minimise over lam, (N+1,).
 
     Step i of the data-form solver of order 3 multiplies what the network errs at point n by some
@@ -87,7 +89,7 @@ def cheapest_path(cost: Tensor, steps: int, coefficient: float = 1.0) -> list[in
     return [*path, last]
 
 
-def _jump_costs(denoiser, x_T: Tensor, grid: TimeGrid) -> Tensor:
+def jump_costs(denoiser, x_T: Tensor, grid: TimeGrid) -> Tensor:
     """(M, M): what one Euler step from point i to point j > i adds to the teacher's deviation.
 
     The deviation is the distance from the chord between the ends of the teacher's trajectory, in
@@ -136,19 +138,21 @@ def gits(
     256 samples and a coefficient of 1.15 (1.20 for Stable Diffusion); above 1 it favours small
     costs late. Raises UsageError if nfe is larger than `points`.
     """
+    if nfe > points:
+        raise UsageError(f"GITS chooses among {points} steps, so nfe cannot be {nfe}: lower it")
     grid = (time_uniform if isinstance(schedule, VPDiscrete) else time_edm)(schedule, points)
     cost = torch.zeros(points + 1, points + 1, dtype=torch.float64)
     for batch in progress(x_T.split(batch_size), desc="gits"):
-        cost += _jump_costs(denoiser, batch, grid) * (len(batch) / len(x_T))
+        cost += jump_costs(denoiser, batch, grid) * (len(batch) / len(x_T))
     return TimeGrid(schedule, grid.t[cheapest_path(cost, nfe, coefficient)])
 
 
 # --- AYS: published lists ---------------------------------------------------------------------
 
-# Noise levels sigma / alpha (Sabour et al. 2024); the models' own last one follows them.
+# Noise levels sigma / alpha between the models' own first and last (Sabour et al. 2024).
 _AYS = {
-    "sd15": [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152],
-    "sdxl": [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.38, 0.234, 0.113],
+    "sd15": [6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152],
+    "sdxl": [6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.38, 0.234, 0.113],
 }
 
 
@@ -164,8 +168,8 @@ def ays(schedule: NoiseSchedule, nfe: int, model: str = "sd15") -> TimeGrid:
             f"there is no AYS grid for {schedule}, only for Stable Diffusion's {VPDiscrete()}: "
             "choose another grid"
         )
-    published = -torch.tensor(levels, dtype=torch.float64).log()
-    knots = torch.cat([published, schedule.lam(schedule.t_min)[None]])
+    first, last = time_uniform(schedule, 1).lam.split(1)
+    knots = torch.cat([first, -torch.tensor(levels, dtype=torch.float64).log(), last])
 
     def times(u: Tensor) -> Tensor:
         position = u * (len(knots) - 1)

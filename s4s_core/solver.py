@@ -15,14 +15,16 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .base import UsageError, one_of, write_atomically
 from .grid import TimeGrid
-from .schedule import schedule_from_dict
+from .schedule import EDM, NoiseSchedule, VPLinear, schedule_from_dict
 
 PREDICTIONS = ("noise", "data")
 
@@ -349,9 +351,59 @@ def exponential_adams(
     return Coefficients(_table(rows, order), None, prediction)
 
 
-def deis(grid: TimeGrid, order: int = 3, lower_order_final: bool = True) -> Coefficients:
-    """DEIS in log rho (Zhang & Chen 2023): exponential Adams-Bashforth in noise form."""
-    return exponential_adams(grid, order, "noise", lower_order_final)
+def _vp_time(schedule: NoiseSchedule) -> NoiseSchedule:
+    """The schedule whose t DEIS interpolates in: itself, or for EDM one with betas.
+
+    That one has EDM's noise levels from 80 to 0.002 at t from 1 to 1e-3 (Zhang & Chen 2023).
+    """
+    if not isinstance(schedule, EDM):
+        return schedule
+    first, last = math.log1p(80**2), math.log1p(0.002**2)  # -2 ln alpha = ln(1 + s^2)
+    slope = 2 * (first - last / 1e-3) / (1 - 1e-3)
+    return VPLinear(beta_0=first - slope / 2, beta_1=first + slope / 2)
+
+
+@cache
+def _gauss_legendre() -> tuple[Tensor, Tensor]:
+    """Nodes on [0, 1] and weights; so many that s(t) of EDM's last step is exact to 1e-12."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    return torch.from_numpy(nodes + 1) / 2, torch.from_numpy(weights) / 2
+
+
+def _interpolating_row(u: Tensor, s: Tensor, s_of_u: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weights whose sum is the mean over a step, in s, of the polynomial in u through evaluations.
+
+    u and s belong to the end of the step, its beginning, where the newest evaluation is, and the
+    older evaluations.
+    """
+    x = (u[1:] - u[1]) / (u[0] - u[1])  # 0 where the step begins, 1 where it ends
+    nodes, weights = _gauss_legendre()
+    inside = s_of_u(u[1] + nodes * (u[0] - u[1]))
+    # The integrals of x^k ds by parts, which need no derivative of s(u).
+    moments = [s[0] - s[1]]
+    moments += [s[0] - k * (weights * nodes ** (k - 1) * inside).sum() for k in range(1, len(x))]
+    vandermonde = torch.stack([x**k for k in range(len(x))])
+    return torch.linalg.solve(vandermonde, torch.stack(moments)) / (s[0] - s[1])
+
+
+def deis(
+    grid: TimeGrid, order: int = 3, lower_order_final: bool = True, variable: str = "log_rho"
+) -> Coefficients:
+    """DEIS (Zhang & Chen 2023): eps as a polynomial in `variable`, integrated exactly.
+
+    "log_rho" is exponential Adams-Bashforth in noise form; "rho" (rhoAB) is Adams-Bashforth in
+    s for uneven steps; "t" (tAB) takes the model's time, for EDM that of a model with betas.
+    """
+    one_of("DEIS variable", variable, ("log_rho", "rho", "t"))
+    if variable == "log_rho":
+        return exponential_adams(grid, order, "noise", lower_order_final)
+    clock, s = _vp_time(grid.schedule), grid.s
+    u, s_of_u = (s, lambda u: u) if variable == "rho" else (clock.t_of_s(s), clock.s)
+    rows = []
+    for i, p in enumerate(_orders(grid, order, None, lower_order_final)):
+        points = [i + 1, *range(i, i - p, -1)]
+        rows.append(list(_interpolating_row(u[points], s[points], s_of_u)))
+    return Coefficients(_table(rows, order))
 
 
 def unipc(
@@ -425,6 +477,8 @@ SOLVERS: dict[str, Callable[..., Coefficients | SingleStepCoefficients]] = {
     "dpm_solver_pp": dpm_solver_pp,
     "exponential_adams": exponential_adams,
     "deis": deis,
+    "deis_rho": partial(deis, variable="rho"),
+    "deis_t": partial(deis, variable="t"),
     "unipc": unipc,
     "dpm_solver": dpm_solver,
     "gaussian": gaussian,

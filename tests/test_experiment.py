@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -75,7 +75,8 @@ def test_a_setting_of_none_leaves_the_one_in_the_file():
     [
         ({"dataset": "ffhq"}, ["dataset", "'ffhq'", "digits", "mixture"]),
         ({"dataset": None}, ["dataset", "None", "digits"]),
-        ({"grid": "cosine"}, ["grid", "'cosine'", "logsnr", "ld3"]),
+        ({"grid": "cosine"}, ["grid", "'cosine'", "logsnr", "ld3", "gits"]),
+        ({"grid": "ays_sd15"}, ["AYS", "EDM", "Stable Diffusion", "another grid"]),
         ({"solver": "heun"}, ["solver", "'heun'", "ipndm", "unipc"]),
         ({"learn": "phi"}, ["learn", "'phi'", "coefficients", "alternating"]),
         ({"learn": True}, ["learn", "True", "coefficients"]),
@@ -219,6 +220,45 @@ def test_the_ld3_grid_is_learned_once_for_all_orders(results):
     assert torch.equal(one.grid.t, two.grid.t)
     assert not torch.equal(one.grid.t, start(tiny(grid="logsnr")).grid.t)
     assert len(files(results, "result_*.json")) == 1
+
+
+@pytest.mark.parametrize("name", experiment.SEARCHED)
+def test_a_searched_grid_is_found_once_for_all_that_share_it(name, results, monkeypatch):
+    first = start(tiny(grid=name, solver="unipc"))
+    assert len(files(results, f"{name}_*.safetensors")) == 1
+
+    def no(*_):
+        raise AssertionError("searched again")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(experiment.SEARCHED, name, no)
+        others = {"order": 1, "solver": "ddim", "learn": "times", "seed": 3}
+        again = start(tiny(grid=name, **others))
+        assert torch.equal(again.grid.t, first.grid.t)
+        with pytest.raises(AssertionError, match="searched again"):
+            start(tiny(grid=name, nfe=5))
+
+
+def test_searched_grids_are_those_of_the_model():
+    setup = s4s.load("mixture")
+    assert torch.equal(start(tiny(grid="dmn")).grid.t, s4s.dmn(setup.schedule, 4).t)
+    # above the noise of evaluation, from 0, and of the teacher set of the highest seed
+    seeds = range(1_001_000_000, 1_001_000_256)
+    x_T = s4s.initial_noise(setup, seeds)
+    expected = s4s.gits(setup.denoiser, x_T, setup.schedule, 4)
+    assert torch.equal(start(tiny(grid="gits")).grid.t, expected.t)
+
+
+@pytest.mark.parametrize(("name", "weighting"), [("LDM", "latent"), ("VPLinear", "pixel")])
+def test_dmn_weighs_errors_as_the_model_needs(name, weighting):
+    schedule = s4s.zoo.NAMED_SCHEDULES[name]
+    setup = replace(s4s.load("mixture"), schedule=schedule)
+    assert torch.equal(experiment.SEARCHED["dmn"](setup, 3).t, s4s.dmn(schedule, 3, weighting).t)
+
+
+def test_more_gits_steps_than_the_teacher_has_are_refused_in_one_sentence(one_sentence):
+    with one_sentence("GITS", "60 steps", "61"):
+        run(tiny("none", grid="gits", nfe=61))
 
 
 def test_a_run_gives_the_same_numbers_in_another_folder(monkeypatch, tmp_path):
@@ -441,6 +481,7 @@ def test_command_line_keeps_the_solver_in_the_results_by_default(results, capsys
     [
         (["--dataset", "ffhq"], ["dataset", "digits", "mixture"]),
         (["--grid", "cosine"], ["grid", "logsnr"]),
+        (["--grid", "ays_sdxl"], ["AYS", "Stable Diffusion"]),
         (["--solver", "heun"], ["solver", "unipc"]),
         (["--learn", "phi"], ["learn", "coefficients"]),
         (["--order", "5"], ["order 5", "nfe"]),
@@ -489,12 +530,12 @@ def test_notebooks_show_an_error_as_one_line(results, tmp_path, monkeypatch):
 
 def test_many_experiments_give_in_processes_what_they_give_one_by_one(tmp_path, monkeypatch):
     many = [
-        s4s.Experiment("mixture", "ld3", "ipndm", 2, nfe, learn, 0, TINY)
-        for nfe in (3, 2)
+        s4s.Experiment("mixture", grid, "ipndm", 2, nfe, learn, 0, TINY)
+        for grid, nfe in (("ld3", 3), ("ld3", 2), ("gits", 3))
         for learn in ("coefficients", "none")
     ]
     together = s4s.run_all(many, workers=2)
-    assert [r.config["nfe"] for r in together] == [3, 3, 2, 2]
+    assert [r.config["nfe"] for r in together] == [3, 3, 2, 2, 3, 3]
     monkeypatch.setenv("S4S_RESULTS", str(tmp_path / "alone"))
     alone = [s4s.run(e) for e in many]
     assert [r.solver for r in together] == [r.solver for r in alone]

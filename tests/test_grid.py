@@ -16,6 +16,7 @@ from s4s_core import (
     VPDiscrete,
     VPLinear,
     time_edm,
+    time_edm_t,
     time_logsnr,
     time_quadratic,
     time_uniform,
@@ -67,9 +68,12 @@ def test_grids_follow_their_published_formulas(schedule, nfe):
         "uniform": T + n * (end - T),
         "quadratic": end + (T - end) * (1 - n) ** 2,
         "edm": (s[0] ** (1 / 7) + n * (s[1] ** (1 / 7) - s[0] ** (1 / 7))) ** 7,
+        "edm_t": (T ** (1 / 7) + n * (end ** (1 / 7) - T ** (1 / 7))) ** 7,
         "logsnr": -np.log(s[0]) + n * (np.log(s[0]) - np.log(s[1])),
     }
-    for name, coordinate in [("uniform", "t"), ("quadratic", "t"), ("edm", "s"), ("logsnr", "lam")]:
+    coordinates = dict(uniform="t", quadratic="t", edm="s", edm_t="t", logsnr="lam")
+    assert set(coordinates) == set(GRIDS)
+    for name, coordinate in coordinates.items():
         values = getattr(GRIDS[name](schedule, nfe), coordinate).numpy()
         np.testing.assert_allclose(values, expected[name], rtol=1e-9, atol=1e-12)
 
@@ -77,6 +81,11 @@ def test_grids_follow_their_published_formulas(schedule, nfe):
 def test_edm_grid_has_its_reference_values():
     expected = [80, 24.408342, 5.838948, 0.965417, 0.085087, 0.002]
     assert time_edm(EDM(), 5).t.tolist() == pytest.approx(expected, abs=5e-7)
+
+
+def test_for_edm_the_rule_for_t_is_the_rule_for_s():
+    torch.testing.assert_close(time_edm_t(EDM(), 9).t, time_edm(EDM(), 9).t, rtol=1e-12, atol=0)
+    assert (time_edm_t(VPDiscrete(), 9).t[1:-1] < time_edm(VPDiscrete(), 9).t[1:-1]).all()
 
 
 def test_edm_and_logsnr_grids_equal_those_of_diffusers():

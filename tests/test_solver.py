@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from scipy import integrate
 
 import s4s_core as s4s
 from s4s_core import (
@@ -69,6 +70,7 @@ def tables(grid: TimeGrid) -> dict[str, Coefficients]:
     for order in range(1, min(4, grid.nfe) + 1):
         found[f"ipndm-{order}"] = ipndm(grid, order)
         found[f"deis-{order}"] = deis(grid, order)
+        found[f"deis_rho-{order}"] = deis(grid, order, variable="rho")
         for form in ("noise", "data"):
             found[f"exponential_adams-{order}-{form}"] = exponential_adams(grid, order, form)
             found[f"exponential_adams-{order}-{form}-full"] = exponential_adams(
@@ -101,6 +103,8 @@ GOLDEN = {
     "UniPC-2 bh1": (lambda g: unipc(g, 2, "bh1"), 0.018708501657),
     "UniPC-2 bh2": (lambda g: unipc(g, 2, "bh2"), 0.011812707712),
     "DEIS-3": (lambda g: deis(g, 3, lower_order_final=False), 0.011846557998),
+    "DEIS-3 rho": (lambda g: deis(g, 3, False, "rho"), 0.008376651757),
+    "DEIS-3 t": (lambda g: deis(g, 3, False, "t"), 0.010817147719),
 }
 
 
@@ -201,6 +205,23 @@ def test_rows_have_their_golden_values():
     exact = [2.668973, -2.705945, 1.036972]
     assert exponential_adams(grid, 3).b[2].tolist() == pytest.approx(exact, abs=6e-7)
     assert unipc(grid, 3, "bh1").b[2].tolist() == pytest.approx(exact, abs=6e-7)
+    rows = {
+        "t": [
+            [1.53975, -0.53975, 0],
+            [2.226803, -2.200576, 0.973773],
+            [1.589124, -1.055893, 0.466769],
+            [1.081746, -0.098473, 0.016727],
+        ],
+        "rho": [
+            [1.167016, -0.167016, 0],
+            [1.169832, -0.182727, 0.012896],
+            [1.111355, -0.116876, 0.005521],
+            [1.054865, -0.056252, 0.001386],
+        ],
+    }
+    for variable, expected in rows.items():
+        found = deis(grid, 3, False, variable).b[1:]
+        torch.testing.assert_close(found, found.new_tensor(expected), rtol=0, atol=6e-7)
 
 
 def test_ipndm_rows_are_adams_bashforth():
@@ -428,6 +449,7 @@ GLOBAL_ORDERS = [
     *[(f"exponential_adams-{k}-{form}", k) for k in (1, 2, 3, 4) for form in ("data", "noise")],
     *[(f"unipc-{k}-{variant}-data-False", k) for k in (1, 2, 3) for variant in ("bh1", "bh2")],
     *[(f"unipc-{k}-{variant}-data-True", k + 1) for k in (1, 2, 3) for variant in ("bh1", "bh2")],
+    *[(f"deis_{variable}-{k}", k) for k in (1, 2, 3, 4) for variable in ("rho", "t")],
     ("dpm_solver_pp-2-data", 2),
     ("dpm_solver_pp-2-noise", 2),
     ("dpm_solver_pp-3-data", 2),  # as shipped: a factor 2 is missing, exponential_adams has it
@@ -439,8 +461,9 @@ GLOBAL_ORDERS = [
 
 @pytest.mark.parametrize(("name", "order"), GLOBAL_ORDERS)
 def test_solver_converges_with_its_order(name, order):
-    # Where an order is lost, only small steps show it: the lost term has a small constant.
-    late = name.startswith(("ipndm", "dpm_solver_pp-3"))
+    # Where an order is lost, only small steps show it: the lost term has a small constant. And
+    # steps equal in lam are small in s at one end only.
+    late = name.startswith(("ipndm", "dpm_solver_pp-3", "deis_rho"))
     steps = (256, 512) if late else (64, 128)
     errors = [bump(nfe, lambda grid: table_named(name, grid)) for nfe in steps]
     assert errors[-1] < 0.1
@@ -486,8 +509,11 @@ def local_errors(make, steps: int) -> list[float]:
         (lambda g: exponential_adams(g, 4, lower_order_final=False), 4),
         (lambda g: deis(g, 2, lower_order_final=False), 2),
         (lambda g: deis(g, 3, lower_order_final=False), 3),
+        (lambda g: deis(g, 2, False, "rho"), 2),
+        (lambda g: deis(g, 3, False, "rho"), 3),
+        (lambda g: deis(g, 2, False, "t"), 2),
     ],
-    ids="ddim ipndm2 ipndm3 ipndm4 adams2 adams3 adams4 deis2 deis3".split(),
+    ids="ddim ipndm2 ipndm3 ipndm4 adams2 adams3 adams4 deis2 deis3 rho2 rho3 t2".split(),
 )
 def test_one_step_has_its_order_on_uneven_steps(make, order):
     errors = local_errors(make, 5)
@@ -508,6 +534,47 @@ def test_every_published_solver_finds_the_exact_flow_in_the_end(schedule):
                 order = {"ddim": 1, "ipndm": 4}.get(name, 3)
                 x_0 = solve(mixture, x_T, make(grid, order), grid).item()
                 assert x_0 == pytest.approx(exact, rel=tolerance), name
+
+
+def lagrange_integrals(points, u_of_s, first: float, last: float) -> list[float]:
+    """Means over s from `first` to `last` of the Lagrange polynomials in u through `points`."""
+    nodes = u_of_s(torch.tensor(points, dtype=torch.float64)).tolist()
+
+    def basis(j: int):
+        others = [x for n, x in enumerate(nodes) if n != j]
+        return lambda v: math.prod(
+            (u_of_s(torch.tensor(v, dtype=torch.float64)).item() - x) / (nodes[j] - x)
+            for x in others
+        )
+
+    means = [integrate.quad(basis(j), first, last, epsabs=1e-12)[0] for j in range(len(nodes))]
+    return [mean / (last - first) for mean in means]
+
+
+@pytest.mark.parametrize("schedule", [EDM(), VPLinear()], ids=["EDM", "VP"])
+@pytest.mark.parametrize("variable", ["rho", "t", "log_rho"])
+def test_deis_rows_are_integrals_of_lagrange_polynomials(schedule, variable):
+    """Over s itself, by an adaptive rule; ours goes over the variable and by parts."""
+    grid = time_edm(schedule, 5)
+    first, last = math.log1p(80**2), math.log1p(0.002**2)
+    slope = 2 * (last / 1e-3 - first) / (1e-3 - 1)
+    beta = first - slope / 2
+
+    def vp_time(s):
+        return ((beta**2 + 2 * slope * torch.log1p(s**2)).sqrt() - beta) / slope
+
+    time = vp_time if isinstance(schedule, EDM) else schedule.t_of_s
+    u_of_s = {"rho": lambda s: s, "log_rho": torch.log, "t": time}[variable]
+    b, s = deis(grid, 3, False, variable).b, grid.s.tolist()
+    for i, p in ((1, 2), (2, 3), (3, 3), (4, 3)):
+        points = [s[i - j] for j in range(p)]
+        expected = lagrange_integrals(points, u_of_s, s[i], s[i + 1])
+        assert b[i, :p].tolist() == pytest.approx(expected, abs=1e-8)
+
+
+def test_deis_knows_three_variables(one_sentence):
+    with one_sentence("DEIS variable", "'sigma'", "log_rho", "rho", "t"):
+        deis(time_edm(EDM(), 3), 2, variable="sigma")
 
 
 # --- What a table is ---------------------------------------------------------------------------
