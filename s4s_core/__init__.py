@@ -7,7 +7,17 @@ __version__ = "0.1.0"
 
 from .base import UsageError, progress
 from .download import fetch, file_sha256
-from .evaluate import FeatureSums, feature_sums, frechet_distance, merge
+from .evaluate import (
+    FeatureStatistics,
+    FeatureSums,
+    feature_sums,
+    frechet_distance,
+    inception_features,
+    inception_weights,
+    merge,
+    read_reference,
+    to_uint8,
+)
 from .grid import (
     GRIDS,
     LearnedGrid,
