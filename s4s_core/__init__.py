@@ -6,7 +6,18 @@ Read the modules in this order: schedule, grid, solver, teacher, objective, lear
 __version__ = "0.1.0"
 
 from .base import UsageError, progress
-from .evaluate import FeatureSums, feature_sums, frechet_distance, merge
+from .download import fetch, file_sha256
+from .evaluate import (
+    FeatureStatistics,
+    FeatureSums,
+    feature_sums,
+    frechet_distance,
+    inception_features,
+    inception_weights,
+    merge,
+    read_reference,
+    to_uint8,
+)
 from .grid import (
     GRIDS,
     LearnedGrid,

@@ -1,11 +1,26 @@
-"""The Frechet distance, against torch-fidelity, scipy and a closed form."""
+"""The Frechet distance and the FID, against torch-fidelity, scipy and a closed form."""
+
+import pickle
+import sys
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 
-from s4s_core import FeatureSums, feature_sums, frechet_distance, merge
+import s4s_core as s4s
+from s4s_core import (
+    FeatureStatistics,
+    FeatureSums,
+    feature_sums,
+    frechet_distance,
+    inception_features,
+    inception_weights,
+    merge,
+    read_reference,
+    to_uint8,
+)
 
 
 def sums(x) -> FeatureSums:
@@ -122,7 +137,7 @@ def test_no_samples_are_refused_in_one_sentence(one_sentence):
 
 
 def test_one_sample_has_no_covariance(noise, one_sentence):
-    with one_sentence("at least 2 samples", "1 and 200"):
+    with one_sentence("at least 2 samples", "not 1"):
         frechet_distance(sums(noise(0, 1, 12)), sums(features(noise, 0)))
 
 
@@ -136,3 +151,300 @@ def test_features_that_are_not_finite_are_refused_in_one_sentence(noise, one_sen
     x[3, 4] = float("nan")
     with one_sentence("finite"):
         frechet_distance(sums(x), sums(features(noise, 1)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_shards_of_the_seeds_give_the_distance_of_the_whole(mixture, noise, seed):
+    """Shards of any number, size and order: one number, whoever computed which part of it."""
+    setup = mixture(sample_batch_size=16)
+    grid = s4s.time_logsnr(setup.schedule, 4)
+    solver = s4s.Solver(s4s.ipndm(grid, 2), grid)
+
+    def of(seeds) -> FeatureSums:
+        return feature_sums(setup.features, s4s.generate(solver, setup, seeds))
+
+    whole, other = of(range(60)), sums(noise(1, 50, 2))
+    generator = np.random.default_rng(seed)
+    cuts = np.sort(generator.choice(np.arange(1, 60), size=4, replace=False))
+    shards = np.split(generator.permutation(60), cuts)
+    parts = merge(*[of(shard.tolist()) for shard in shards])
+    assert parts.n == whole.n == 60
+    torch.testing.assert_close(parts.first, whole.first, rtol=1e-13, atol=1e-12)
+    torch.testing.assert_close(parts.second, whole.second, rtol=1e-13, atol=1e-12)
+    assert frechet_distance(parts, other) == pytest.approx(
+        frechet_distance(whole, other), rel=1e-11
+    )
+
+
+@pytest.mark.parametrize("n", [5, 40])
+def test_singular_covariances_have_the_distance_of_their_low_rank_form(noise, n):
+    """tr (S_a S_b)^(1/2) is the nuclear norm of A B^T / (n - 1), exact for n of 300 features."""
+    x, y = features(noise, 0, n, 300), features(noise, 10, n, 300)
+    a, b = ((f - f.mean(0)) / (n - 1) ** 0.5 for f in (x, y))
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    means = (x.mean(0) - y.mean(0)).square().sum()
+    expected = means + a.square().sum() + b.square().sum() - 2 * cross
+    assert frechet_distance(sums(x), sums(y)) == pytest.approx(expected.item(), rel=1e-7)
+
+
+def test_samples_all_alike_have_no_spread(noise):
+    a, b = (sums(torch.full((4, 12), value, dtype=torch.float64)) for value in (1.0, 3.0))
+    spread = sums(features(noise, 0))
+    assert frechet_distance(a, b) == pytest.approx(12 * 4)
+    expected = (spread.mean - 1).square().sum() + spread.covariance.trace()
+    assert frechet_distance(a, spread) == pytest.approx(expected.item())
+
+
+def test_statistics_stand_for_their_sums(noise):
+    a, b = sums(features(noise, 0)), sums(features(noise, 10))
+    published = FeatureStatistics(b.mean, b.covariance)
+    assert frechet_distance(a, published) == frechet_distance(a, b)
+    assert frechet_distance(published, published) == pytest.approx(0, abs=1e-5)
+
+
+def test_pixels_are_those_of_either_rule():
+    levels = torch.arange(256, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        x = (levels / 127.5 - 1).to(dtype)
+        assert torch.equal(to_uint8(x), levels.to(torch.uint8))
+        assert torch.equal(to_uint8(x + 0.49 / 127.5), levels.to(torch.uint8))
+        assert torch.equal(to_uint8(x + 0.49 / 127.5, 127.5), levels.to(torch.uint8))
+        assert torch.equal(to_uint8(x[1:] - 0.01 / 127.5, 127.5), levels[:-1].to(torch.uint8))
+    assert to_uint8(torch.tensor([-5.0, 5.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_are_no_pixels(value, one_sentence):
+    with one_sentence("finite"):
+        to_uint8(torch.tensor([0.0, value]))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file in torch-fidelity's format, with random weights that keep the features apart."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    class Untrained(module.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save({}, path)
+    network = Untrained("untrained", ["2048"], feature_extractor_weights_path=path)
+    generator = torch.Generator().manual_seed(0)
+    for weight in network.parameters():
+        if weight.ndim == 4:
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+            weight.mul_((2 / weight[0].numel()) ** 0.5)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inception(weights):
+    return inception_features(weights)
+
+
+def pixels(seed: int, n: int, side: int = 16):
+    """Smooth random images (n, 3, side, side) uint8, brighter and bluer with the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator) * 160 + 20 * seed
+    coarse[:, 2] += 20 * seed
+    return torch.nn.functional.interpolate(coarse, side, mode="bicubic").clamp(0, 255).byte()
+
+
+@pytest.mark.filterwarnings("ignore:::torch_fidelity")
+def test_fid_equals_torch_fidelitys(weights, inception):
+    """From pictures to the number, with fewer images than features.
+
+    torch-fidelity adds up the square roots of rounding errors there: some 1e-6 of the number.
+    """
+    import torch_fidelity
+
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, images):
+            self.images = images
+
+        def __len__(self):
+            return len(self.images)
+
+        def __getitem__(self, index):
+            return self.images[index]
+
+    x, y = pixels(0, 8), pixels(1, 7)
+    expected = torch_fidelity.calculate_metrics(
+        input1=Pictures(x),
+        input2=Pictures(y),
+        fid=True,
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
+        cuda=False,
+        save_cpu_ram=True,
+        cache=False,
+        verbose=False,
+    )["frechet_inception_distance"]
+    as_samples = [images.double() / 127.5 - 1 for images in (x, y)]
+    a, b = (feature_sums(inception, images.split(5)) for images in as_samples)
+    assert a.first.shape == (2048,) and a.n == 8
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_folder_of_images_is_its_pixels(inception, tmp_path):
+    """Lossless formats in subfolders; uint8 and [-1, 1] give the same features, grey is RGB."""
+    images = pixels(2, 3)
+    grey = images[2:, :1].expand(-1, 3, -1, -1)
+    for k, name in enumerate(["00/a.png", "01/b.webp"]):
+        path = tmp_path / name
+        path.parent.mkdir()
+        Image.fromarray(images[k].permute(1, 2, 0).numpy()).save(path, lossless=True)
+    Image.fromarray(grey[0, 0].numpy()).save(tmp_path / "c.PNG")
+    (tmp_path / "notes.txt").write_text("not an image")
+    found = read_reference(tmp_path, inception)
+    rgb = torch.cat([images[:2], grey])
+    expected = feature_sums(inception, [rgb[:2] / 127.5 - 1, rgb[2:, :1] / 127.5 - 1])
+    assert found.n == 3
+    torch.testing.assert_close(found.first, expected.first, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.second, expected.second, rtol=1e-5, atol=1e-6)
+
+
+def test_images_of_two_sizes_are_refused_in_one_sentence(tmp_path, one_sentence):
+    for name, side in (("a.png", 8), ("b.png", 9)):
+        Image.new("RGB", (side, 8)).save(tmp_path / name)
+    with one_sentence("a.png", "b.png", "(3, 8, 8)", "(3, 8, 9)"):
+        read_reference(tmp_path, lambda x: x.flatten(1))
+
+
+def test_images_that_cannot_be_read_are_named_in_one_sentence(tmp_path, one_sentence):
+    path = tmp_path / "a.png"
+    for content in (b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)):
+        path.write_bytes(content)
+        with one_sentence(str(path), "not a readable image"):
+            read_reference(tmp_path, lambda x: x)
+    Image.new("I;16", (8, 8)).save(path)
+    with one_sentence(str(path), "8 bits"):
+        read_reference(tmp_path, lambda x: x)
+
+
+def test_a_folder_without_images_is_refused_in_one_sentence(tmp_path, one_sentence):
+    with one_sentence(str(tmp_path), "no images", ".webp"):
+        read_reference(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", ">f8"])
+def test_published_statistics_are_read(noise, tmp_path, dtype):
+    """Arrays beside mu and sigma are let be, even those that would have to be unpickled."""
+    a = sums(features(noise, 0))
+    arrays = {"mu": a.mean.numpy().astype(dtype), "sigma": a.covariance.numpy().astype(dtype)}
+    path = tmp_path / "reference.npz"
+    np.savez(path, **arrays, arr_0=np.zeros((2, 4, 4, 3), np.uint8), labels=np.array([{}]))
+    found = read_reference(path)
+    assert found.mean.dtype == found.covariance.dtype == torch.float64
+    torch.testing.assert_close(found.mean, a.mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.covariance, a.covariance, rtol=1e-6, atol=1e-5)
+    assert frechet_distance(a, found) == pytest.approx(0, abs=1e-4)
+
+
+class Executed:
+    def __reduce__(self):
+        return pytest.fail, ("a file was executed",)
+
+
+EYE, ZERO = np.eye(3), np.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "arrays, word",
+    [
+        ({"mu": ZERO}, "sigma"),
+        ({"sigma": EYE}, "mu"),
+        ({}, "mu"),
+        ({"mu": ZERO, "sigma": np.eye(4)}, "(4, 4)"),
+        ({"mu": ZERO[:, None], "sigma": EYE}, "(3, 1)"),
+        ({"mu": np.zeros(()), "sigma": np.zeros(())}, "()"),
+        ({"mu": ZERO, "sigma": EYE.astype(int)}, "int64"),
+        ({"mu": ZERO, "sigma": EYE + 0j}, "complex128"),
+        ({"mu": ZERO, "sigma": np.array([["a"] * 3] * 3)}, "<U1"),
+        ({"mu": ZERO + np.nan, "sigma": EYE}, "finite"),
+        ({"mu": ZERO, "sigma": EYE + np.inf}, "finite"),
+        ({"mu": ZERO, "sigma": np.tri(3)}, "symmetric"),
+        ({"mu": np.array([Executed()] * 3), "sigma": EYE}, "Object arrays"),
+    ],
+)
+def test_statistics_of_another_make_are_refused_in_one_sentence(
+    arrays, word, tmp_path, one_sentence
+):
+    path = tmp_path / "reference.npz"
+    np.savez(path, **arrays)
+    with one_sentence(str(path), word):
+        read_reference(path)
+
+
+def test_files_that_are_no_statistics_are_refused_in_one_sentence(tmp_path, one_sentence):
+    path = tmp_path / "reference.npz"
+    with one_sentence(str(path), "No such file"):
+        read_reference(path)
+    np.savez_compressed(path, mu=ZERO, sigma=EYE)
+    whole = path.read_bytes()
+    broken = whole[:60] + bytes([whole[60] ^ 255]) + whole[61:]
+    for content in (b"", b"text", whole[:100], broken, pickle.dumps(Executed())):
+        path.write_bytes(content)
+        with one_sentence(str(path), "mu and sigma"):
+            read_reference(path)
+    with open(path, "wb") as file:
+        np.save(file, EYE)
+    with one_sentence(str(path), "mu and sigma"):
+        read_reference(path)
+
+
+def test_fid_takes_images_only(inception, one_sentence):
+    for shape in ((2, 4, 16, 16), (2, 16), (3, 16, 16)):
+        with one_sentence("1 or 3 channels"):
+            inception(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", {"weight": torch.zeros(3)}, Executed()])
+def test_weights_of_another_make_are_refused_and_not_executed(content, tmp_path, one_sentence):
+    path = tmp_path / "inception.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with one_sentence(str(path), "torch-fidelity's Inception weights"):
+        inception_features(path)
+
+
+def test_weights_that_cannot_be_fetched_are_asked_for_in_one_sentence(
+    tmp_path, monkeypatch, one_sentence
+):
+    """A file of torch's that is not the official one is not taken for it."""
+    monkeypatch.setenv("S4S_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("s4s_core.download.urlopen", offline)
+    name = "weights-inception-2015-12-05-6726825d.pth"
+    copy = tmp_path / "torch" / "hub" / "checkpoints" / name
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"something else")
+    with one_sentence("github.com", s4s.evaluate.INCEPTION_SHA256, str(tmp_path / "home" / name)):
+        inception_features()
+
+
+def offline(*_, **__):
+    raise OSError("no connection")
+
+
+@pytest.mark.parametrize("folder", ["home", "torch/hub/checkpoints"])
+def test_weights_put_there_by_hand_are_found(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("S4S_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("s4s_core.download.urlopen", offline)
+    path = tmp_path / folder / "weights-inception-2015-12-05-6726825d.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"the official file")
+    monkeypatch.setattr(s4s.evaluate, "INCEPTION_SHA256", s4s.file_sha256(path))
+    assert inception_weights() == path
+
+
+def test_without_torch_fidelity_its_name_is_told(monkeypatch, one_sentence):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with one_sentence("pip install torch-fidelity"):
+        inception_features()

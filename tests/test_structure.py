@@ -24,18 +24,20 @@ SKIPS = 1
 # The reading order: each file may import those above it, except where LIMITS says less.
 ORDER = [
     *["base", "schedule", "grid", "solver", "teacher", "model", "objective", "learn"],
-    *["grid_search", "networks", "evaluate", "zoo", "experiment", "__init__"],
+    *["grid_search", "networks", "download", "evaluate", "zoo", "experiment", "__init__"],
     "plot",
 ]
 LIMITS = {
     "model": {"base", "schedule"},
     "grid_search": {"base", "schedule", "grid", "solver"},
     "networks": {"base"},
-    "evaluate": {"base", "schedule", "grid", "solver"},
+    "download": {"base"},
+    "evaluate": {"base", "schedule", "grid", "solver", "download"},
     "plot": set(),
 }
 ALWAYS = {"torch", "numpy", "safetensors", "yaml", "tqdm", "sklearn", "matplotlib"}
 WHERE_USED = ALWAYS | {"torchvision", "lpips", "torch_fidelity", "diffusers", "scipy"}
+WHERE_USED |= {"PIL", "filelock"}  # matplotlib and torch bring them
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
