@@ -13,7 +13,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,11 @@ class Coefficients:
     c  (N, k+1) float64 or None: the corrector. Row i repeats step i once its end point has been
        evaluated, that evaluation first; the last row is never used, so N steps cost N calls
     prediction  "noise" (b weighs eps, Table 1) or "data" (b weighs D, Table 7)
+    a  (N, m) float64 or None: weights of the m newest states y, corrected ones; None is (1, 0, ..)
+    l  (N,) or None: evaluation i is eps - l_i y / s_i instead of eps (noise form only)
+    d  (N, 2) or None: added to y in every step, [i, 0] by the predictor, [i, 1] by the corrector
 
+    Every table may go on with the shape of one sample, (N, k, *shape), for weights per entry.
     Raises UsageError for other shapes, numbers that are not finite, or weights on evaluations
     that do not exist.
     """
@@ -43,22 +47,31 @@ class Coefficients:
     b: Tensor
     c: Tensor | None = None
     prediction: str = "noise"
+    a: Tensor | None = None
+    l: Tensor | None = None  # noqa: E741
+    d: Tensor | None = None
 
     def __post_init__(self):
         one_of("prediction form", self.prediction, PREDICTIONS)
-        if self.b.ndim != 2:
+        if self.b.ndim < 2:
             raise UsageError(f"b must have shape (N, k), not {tuple(self.b.shape)}")
-        N, k = self.b.shape
+        N, k = self.b.shape[:2]
         if not 1 <= k <= N:
             raise UsageError(f"order {k} needs at least {k} steps, not {N}: lower the order to {N}")
-        if self.c is not None and self.c.shape != (N, k + 1):
+        if self.c is not None and self.c.shape[:2] != (N, k + 1):
             raise UsageError(f"c must have shape {(N, k + 1)} here, not {tuple(self.c.shape)}")
-        for name, table, extra in (("b", self.b, 0), ("c", self.c, 1)):
+        if self.l is not None and self.prediction != "noise":
+            raise UsageError("l belongs to the noise form: set prediction to noise")
+        for name in ("b", "c", "a", "l", "d"):
+            table = getattr(self, name)
             if table is None:
                 continue
             if not table.isfinite().all():
                 raise UsageError(f"{name} must be finite, not {table.tolist()}")
-            if table.detach().triu(1 + extra).any():
+            if name in ("l", "d"):
+                continue
+            rows = table.detach().flatten(2).movedim(-1, 0) if table.ndim > 2 else table.detach()
+            if rows.triu(2 if name == "c" else 1).any():
                 raise UsageError(f"{name} weighs evaluations that do not exist yet")
 
     @property
@@ -68,10 +81,10 @@ class Coefficients:
 
     def widen(self, order: int) -> "Coefficients":
         """The same solver with room for `order` evaluations, the new weights zero."""
-        pad = (0, order - self.order)
+        pad = (*[0, 0] * (self.b.ndim - 2), 0, order - self.order)
         b = torch.nn.functional.pad(self.b, pad)
         c = None if self.c is None else torch.nn.functional.pad(self.c, pad)
-        return Coefficients(b, c, self.prediction)
+        return replace(self, b=b, c=c)
 
 
 def count_parameters(coefficients: Coefficients, time_dependent: bool = True) -> int:
@@ -287,18 +300,27 @@ def trajectory(
     noise_form = coefficients.prediction == "noise"
     keep = torch.ones_like(s[1:]) if noise_form else s[1:] / s[:-1]
     gain = s.diff() if noise_form else 1 - keep
-    b = gain[:, None] * coefficients.b
-    c = None if coefficients.c is None else gain[:, None] * coefficients.c
 
-    def step(i: int, y: Tensor, weights: Tensor) -> Tensor:
-        y = keep[i] * y
+    def scaled(factor: Tensor, table: Tensor) -> Tensor:
+        return factor.view(-1, *[1] * (table.ndim - 1)) * table
+
+    b = scaled(gain, coefficients.b)
+    c = None if coefficients.c is None else scaled(gain, coefficients.c)
+    a = torch.ones_like(keep)[:, None] if coefficients.a is None else coefficients.a
+    a = scaled(keep, a)
+    s_model = sigma_model / alpha_model
+
+    def step(i: int, states: list[Tensor], weights: Tensor, corrector: int) -> Tensor:
+        y = 0 if coefficients.d is None else coefficients.d[i, corrector].to(x.device)
+        for weight, state in zip(a[i], states, strict=False):
+            y = y + weight.to(x.device) * state
         for weight, evaluation in zip(weights[i], evaluations, strict=False):
-            y = y + weight * evaluation
+            y = y + weight.to(x.device) * evaluation
         return y
 
-    evaluations: list[Tensor] = []  # newest first
+    evaluations: list[Tensor] = []  # newest first, as are the states
     x, y = x_T, x_T / alpha[0]
-    y_before = y
+    states: list[Tensor] = []
     yield x
     for i in range(grid.nfe):
         evaluation = denoiser(x, grid.t_model[i])
@@ -309,11 +331,14 @@ def trajectory(
             )
         if noise_form:
             evaluation = (x - alpha_model[i] * evaluation) / sigma_model[i]
+        if coefficients.l is not None:
+            evaluation = evaluation - coefficients.l[i].to(x.device) * y / s_model[i]
         evaluations = [evaluation, *evaluations]
         if c is not None and i > 0:
-            y = step(i - 1, y_before, c)
+            y = step(i - 1, states, c, 1)
         evaluations = evaluations[: coefficients.order]
-        y_before, y = y, step(i, y, b)
+        states = [y, *states][: a.shape[1]]
+        y = step(i, states, b, 0)
         x = alpha[i + 1] * y
         yield x
 
@@ -391,6 +416,7 @@ class Solver:
             "t_model": self.grid.t_model.tolist(),
             "b": self.coefficients.b.tolist(),
             "c": None if c is None else c.tolist(),
+            **{n: v.tolist() for n in "ald" if (v := getattr(self.coefficients, n)) is not None},
             "provenance": self.provenance,
         }
 
@@ -413,6 +439,7 @@ class Solver:
             _numbers("b", entries["b"]),
             None if entries["c"] is None else _numbers("c", entries["c"]),
             entries["prediction"],
+            **{n: _numbers(n, entries[n]) for n in "ald" if n in entries},
         )
         grid = TimeGrid(
             schedule_from_dict(entries["schedule"]),
