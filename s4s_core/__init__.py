@@ -6,6 +6,7 @@ Read the modules in this order: schedule, grid, solver, teacher, objective, lear
 __version__ = "0.1.0"
 
 from .base import UsageError, progress
+from .dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from .evaluate import FeatureSums, feature_sums, frechet_distance, merge
 from .grid import (
     GRIDS,
