@@ -28,6 +28,7 @@ from torch import Tensor
 
 from . import __version__, zoo
 from .base import UsageError, one_of, progress, write_atomically
+from .dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from .evaluate import feature_sums, frechet_distance
 from .grid import GRIDS
 from .learn import (
@@ -47,6 +48,7 @@ LEARN = {
     "alternating": learn_alternating,
     "jointly": learn_jointly,
 }
+V3 = "dpm_solver_v3"  # no entry of SOLVERS: its table needs statistics of the model
 load = cache(zoo.load)
 
 
@@ -62,7 +64,7 @@ class Experiment:
     """What to learn, from where, and how many network calls; see params/ for everything else.
 
     dataset  a file in params/            grid   a name in GRIDS, or "ld3": learned by LD3
-    solver   a name in SOLVERS            order  evaluations a step may use, at most nfe
+    solver   a name in SOLVERS, or V3     order  evaluations a step may use, at most nfe
     learn    a name in LEARN              seed   of the teacher set and of the batches
     settings replaces entries of params/<dataset>.yaml by name; None leaves one as it is
 
@@ -81,7 +83,7 @@ class Experiment:
     def __post_init__(self):
         one_of("dataset", self.dataset, zoo.datasets())
         one_of("grid", self.grid, [*GRIDS, "ld3"])
-        one_of("solver", self.solver, SOLVERS)
+        one_of("solver", self.solver, [*SOLVERS, V3])
         one_of("value of learn", self.learn, LEARN)
         for name, lowest in (("order", 1), ("nfe", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -97,6 +99,11 @@ class Experiment:
             raise UsageError(
                 f"order {self.order} needs at least {self.order} network calls, not nfe = "
                 f"{self.nfe}: lower the order or raise nfe"
+            )
+        if self.solver == V3 and (self.learn != "none" or self.grid == "ld3"):
+            raise UsageError(
+                f"{V3} brings statistics of its own and is not learned: choose learn none, not "
+                f"{self.learn}, and a grid out of {', '.join(GRIDS)}, not {self.grid}"
             )
         highest = HIGHEST_ORDER.get(self.solver, self.order)
         if self.learn in ("none", "times") and self.order > highest:
@@ -246,6 +253,8 @@ def start(experiment: Experiment) -> Solver:
         grid = run(_ld3(experiment)).solver.grid
     else:
         grid = GRIDS[experiment.grid](setup.schedule, nfe)
+    if experiment.solver == V3:
+        return Solver(dpm_solver_v3(grid, _statistics(setup, experiment.seed), order), grid)
     published = min(order, HIGHEST_ORDER.get(experiment.solver, order))
     table = zoo.published(experiment.solver, grid, published, params)
     return Solver(table.widen(order), grid)
@@ -303,6 +312,16 @@ def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:
 
     config = {"n_train": n_train, "n_valid": n_valid, "seed": seed}
     return TeacherSet(**_cached_tensors(setup, "teacher_set", config, make), n_train=n_train)
+
+
+def _statistics(setup, seed: int) -> ModelStatistics:
+    """The model statistics at the teacher's samples, cached."""
+
+    def make() -> dict[str, Tensor]:
+        return vars(model_statistics(setup, _teacher_set(setup, seed, alt=False).train[1]))
+
+    config = {"n_train": setup.params.n_train, "seed": seed}
+    return ModelStatistics(**_cached_tensors(setup, "statistics", config, make))
 
 
 def _teacher_samples(setup) -> Tensor:
@@ -383,7 +402,7 @@ def main(arguments: list[str] | None = None) -> None:
 _HELP = {
     "dataset": "a file in params/",
     "grid": f"{', '.join(GRIDS)} or ld3",
-    "solver": ", ".join(SOLVERS),
+    "solver": f"{', '.join(SOLVERS)} or {V3}",
     "order": "evaluations a step may use",
     "nfe": "network calls a sample",
     "learn": ", ".join(LEARN),

@@ -12,6 +12,7 @@ from s4s_core import (
     EDM,
     GRIDS,
     Coefficients,
+    Experiment,
     GaussianMixture,
     ModelStatistics,
     Solver,
@@ -277,3 +278,23 @@ def test_slips_are_told_in_one_sentence(one_sentence, setup_of, toy):
         constant(EDM(), math.nan, 0.0)
     with one_sentence("one shape"):
         ModelStatistics(statistics.lam, statistics.l, statistics.s, statistics.b[:-1])
+
+
+def test_an_experiment_runs_on_any_grid_and_keeps_the_statistics(results):
+    settings = {"n_train": 40, "n_valid": 8, "teacher_nfe": 20, "fid_samples": 200}
+    experiment = Experiment(
+        "mixture", grid="edm", solver="dpm_solver_v3", order=3, nfe=6, settings=settings
+    )
+    result = s4s.run(experiment)
+    (kept,) = (results / "mixture").glob("statistics_*")
+    before = kept.stat().st_mtime_ns
+    assert math.isfinite(result.frechet) and 0 < result.distance_to_teacher < 1
+    s4s.run(replace(experiment, grid="logsnr"))
+    assert kept.stat().st_mtime_ns == before
+    assert s4s.run(experiment).solver == result.solver
+
+
+@pytest.mark.parametrize("wrong", [{"learn": "coefficients"}, {"learn": "times"}, {"grid": "ld3"}])
+def test_an_experiment_does_not_learn_it(one_sentence, wrong):
+    with one_sentence("dpm_solver_v3", "statistics", "learn"):
+        Experiment("mixture", solver="dpm_solver_v3", **wrong)
