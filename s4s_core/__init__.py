@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from .base import UsageError, progress
 from .download import fetch, file_sha256
+from .dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from .evaluate import (
     FeatureStatistics,
     FeatureSums,

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from . import __version__, zoo
 from .base import UsageError, one_of, progress, write_atomically
+from .dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from .evaluate import feature_sums, frechet_distance
 from .grid import GRIDS, TimeGrid
 from .grid_search import ays, dmn, gits
@@ -68,6 +69,7 @@ LEARN = {
     "bns": learn_bns,
     "generalised": learn_generalised,
 }
+V3 = "dpm_solver_v3"  # no entry of SOLVERS: its table needs statistics of the model
 load = cache(zoo.load)
 
 
@@ -101,7 +103,7 @@ class Experiment:
     """What to learn, from where, and how many network calls; see params/ for everything else.
 
     dataset  a file in params/            grid   a name in GRID_NAMES; "ld3" is learned
-    solver   a name in SOLVERS            order  evaluations a step may use, at most nfe
+    solver   a name in SOLVERS, or V3     order  evaluations a step may use, at most nfe
     learn    a name in LEARN              seed   of the teacher set and of the batches
     settings replaces entries of params/<dataset>.yaml by name; None leaves one as it is
 
@@ -120,7 +122,7 @@ class Experiment:
     def __post_init__(self):
         one_of("dataset", self.dataset, zoo.datasets())
         one_of("grid", self.grid, GRID_NAMES)
-        one_of("solver", self.solver, SOLVERS)
+        one_of("solver", self.solver, [*SOLVERS, V3])
         one_of("value of learn", self.learn, LEARN)
         for name, lowest in (("order", 1), ("nfe", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -142,6 +144,11 @@ class Experiment:
             raise UsageError(
                 f"learn = {self.learn} starts at a multistep solver, not at {self.solver}: "
                 f"choose {', '.join(s for s in SOLVERS if s not in SINGLE_STEP)}"
+            )
+        if self.solver == V3 and (self.learn != "none" or self.grid == "ld3"):
+            raise UsageError(
+                f"{V3} brings statistics of its own and is not learned: choose learn none, not "
+                f"{self.learn}, and a grid other than ld3, not {self.grid}"
             )
         highest = HIGHEST_ORDER.get(self.solver, self.order)
         if self.learn in ("none", "times") and self.order > highest:
@@ -262,12 +269,15 @@ def run_all(experiments: Sequence[Experiment], workers: int | None = None) -> li
     missing = [e for e in experiments if not e.path().exists()]
     if workers > 1 and len(missing) > 1:
         shared = {_with_its_grid(e).path(): e for e in missing if e.grid not in PUBLISHED}
+        shared |= {
+            (e.dataset, e.seed, e.params.n_train): e for e in missing if e.solver == V3
+        }  # those that need the same statistics
         _run_in_processes([(start, list(shared.values())), (run, missing)], workers)
     return [run(e) for e in progress(experiments, desc="results")]
 
 
 def _run_in_processes(rounds: list[tuple[Callable, list[Experiment]]], workers: int) -> None:
-    """Fill the cache, one round after the other: the second needs the first's grids."""
+    """Fill the cache, one round after the other: the second needs what the first shares."""
     context = multiprocessing.get_context("spawn")  # forked children inherit torch's locks
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
@@ -294,6 +304,9 @@ def start(experiment: Experiment) -> Solver:
 
 def _table(experiment: Experiment, grid: TimeGrid) -> Coefficients | SingleStepCoefficients:
     """The published coefficients on a grid, with room for what the experiment learns."""
+    if experiment.solver == V3:
+        statistics = _statistics(_setup(experiment), experiment.seed)
+        return dpm_solver_v3(grid, statistics, experiment.order)
     order = min(experiment.order, HIGHEST_ORDER.get(experiment.solver, experiment.order))
     table = zoo.published(experiment.solver, grid, order, experiment.params)
     if experiment.solver in SINGLE_STEP:
@@ -378,6 +391,16 @@ def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:
     return TeacherSet(**_cached_tensors(setup, "teacher_set", config, make), n_train=n_train)
 
 
+def _statistics(setup, seed: int) -> ModelStatistics:
+    """The model statistics at the teacher's samples, cached."""
+
+    def make() -> dict[str, Tensor]:
+        return vars(model_statistics(setup, _teacher_set(setup, seed, alt=False).train[1]))
+
+    config = {"n_train": setup.params.n_train, "seed": seed}
+    return ModelStatistics(**_cached_tensors(setup, "statistics", config, make))
+
+
 def _teacher_samples(setup) -> Tensor:
     """The teacher's samples from the evaluation seeds, cached."""
 
@@ -456,7 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
 _HELP = {
     "dataset": "a file in params/",
     "grid": ", ".join(GRID_NAMES),
-    "solver": ", ".join(SOLVERS),
+    "solver": f"{', '.join(SOLVERS)} or {V3}",
     "order": "evaluations a step may use",
     "nfe": "network calls a sample",
     "learn": ", ".join(LEARN),

@@ -44,8 +44,8 @@ class Coefficients:
     a  (N, m): weighs the states y at points i, i-1, ..., newest first, where Eq. 5 takes the
        newest as it is; with m = 1 a coefficient of x per step (Shaul et al. 2024b), with m = N
        all of the past (Oganov et al. 2025)
-    l, d  (N,): an evaluation is eps - l_i y / s_i instead of eps (noise form only), and d_i is
-       added to y (Zheng et al. 2023)
+    l  (N,): an evaluation is eps - l_i y / s_i instead of eps, in noise form only, and
+    d  (N, 2): is added to y, column 0 by the step and 1 by its corrector (Zheng et al. 2023)
 
     Any table may have the shape of a sample behind these, to treat each pixel on its own.
     Raises UsageError for other shapes, numbers that are not finite, or weights on evaluations or
@@ -67,7 +67,7 @@ class Coefficients:
         if not 1 <= k <= N:
             raise UsageError(f"order {k} needs at least {k} steps, not {N}: lower the order to {N}")
         m = 1 if self.a is None or self.a.ndim < 2 else min(max(self.a.shape[1], 1), N)
-        shapes = {"b": (N, k), "c": (N, k + 1), "a": (N, m), "l": (N,), "d": (N,)}
+        shapes = {"b": (N, k), "c": (N, k + 1), "a": (N, m), "l": (N,), "d": (N, 2)}
         for name, shape in shapes.items():
             table = getattr(self, name)
             if table is None:
@@ -538,12 +538,12 @@ def trajectory(
     if coefficients.l is not None:
         of_x = scaled(of_x, 1 - coefficients.l)
 
-    def step(i: int, weights: Tensor) -> Tensor:
+    def step(i: int, weights: Tensor, correcting: int) -> Tensor:
         terms = [*zip(a[i], states, strict=False), *zip(weights[i], evaluations, strict=False)]
         y = terms[0][0] * terms[0][1]
         for weight, term in terms[1:]:
             y = y + weight * term
-        return y if d is None else y + d[i]
+        return y if d is None else y + d[i, correcting]
 
     states: list[Tensor] = [x_T / alpha[0]]  # newest first, as are the evaluations
     evaluations: list[Tensor] = []
@@ -561,10 +561,10 @@ def trajectory(
         evaluations = [evaluation, *evaluations]
         if i > 0:
             if c is not None:
-                y = step(i - 1, c)
+                y = step(i - 1, c, 1)
             states = [y, *states][: a.shape[1]]
         evaluations = evaluations[: coefficients.order]
-        y = step(i, b)
+        y = step(i, b, 0)
         x = alpha[i + 1] * y
         yield x
 

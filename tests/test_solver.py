@@ -127,13 +127,13 @@ def literally(denoiser, x_T, table, grid):
     alpha, s, data = schedule.alpha(grid.t), grid.s, table.prediction == "data"
     states, evaluations = [x_T / alpha[0]], []
 
-    def step(i, weights, new=()):
+    def step(i, weights, role, new=()):
         keep, gain = (s[i + 1] / s[i], 1 - s[i + 1] / s[i]) if data else (1, s[i + 1] - s[i])
         a = table.a[i] if table.a is not None else [1.0]
         past = evaluations[: i + 1][::-1]
         y = sum(keep * w * y for w, y in zip(a, states[: i + 1][::-1], strict=False))
         y = y + sum(gain * w * e for w, e in zip(weights[i], [*new, *past], strict=False))
-        return y if table.d is None else y + table.d[i]
+        return y if table.d is None else y + table.d[i, role]
 
     y = states[0]
     for i in range(N):
@@ -144,10 +144,10 @@ def literally(denoiser, x_T, table, grid):
                 evaluation = evaluation - table.l[i] * y / s[i]
         if i > 0:
             if table.c is not None:
-                y = step(i - 1, table.c, [evaluation])
+                y = step(i - 1, table.c, 1, [evaluation])
             states.append(y)
         evaluations.append(evaluation)
-        y = step(i, table.b)
+        y = step(i, table.b, 0)
     return alpha[N] * y
 
 
@@ -164,7 +164,7 @@ def test_every_table_acts_as_it_says(toy, noise, schedule, shape, corrector, pre
         prediction,
         a=(0.5 + 0.1 * noise(3, nfe, states, *shape)) * lower[:, 1:][:, :states],
         l=0.3 * noise(4, nfe, *shape) if prediction == "noise" else None,
-        d=0.1 * noise(5, nfe, *shape),
+        d=0.1 * noise(5, nfe, 2, *shape),
     )
     grid, x_T = time_logsnr(schedule, nfe), noise(6, 4, 3)
     found = solve(toy(schedule), x_T, table, grid)
@@ -713,8 +713,8 @@ def test_odd_tables_of_states_and_pixels_are_refused_in_one_sentence(one_sentenc
         Coefficients(b, a=torch.ones(3, 2))
     with one_sentence("a must have shape (3, 3)"):
         Coefficients(b, a=torch.ones(3, 4).tril())
-    with one_sentence("d must have shape (3,)"):
-        Coefficients(b, d=torch.ones(4))
+    with one_sentence("d must have shape (3, 2)"):
+        Coefficients(b, d=torch.ones(3))
     with one_sentence("l must be finite"):
         Coefficients(b, l=torch.full((3,), math.inf))
     with one_sentence("l needs", "noise"):

@@ -24,12 +24,14 @@ SKIPS = 1
 # The reading order: each file may import those above it, except where LIMITS says less.
 ORDER = [
     *["base", "schedule", "grid", "solver", "teacher", "model", "objective", "learn"],
-    *["grid_search", "networks", "download", "evaluate", "zoo", "experiment", "__init__"],
+    *["grid_search", "dpm_solver_v3", "networks", "download", "evaluate", "zoo", "experiment"],
+    "__init__",
     "plot",
 ]
 LIMITS = {
     "model": {"base", "schedule"},
     "grid_search": {"base", "schedule", "grid", "solver"},
+    "dpm_solver_v3": {"base", "grid", "solver"},
     "networks": {"base"},
     "download": {"base"},
     "evaluate": {"base", "schedule", "grid", "solver", "download"},
