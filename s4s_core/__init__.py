@@ -77,7 +77,16 @@ from .solver import (
 from .teacher import TeacherSet, generate, initial_noise, make_teacher_set
 from .zoo import Params, Setup, datasets, load, load_params, read_params
 
-_EXPERIMENT = ("Experiment", "Result", "check_lists", "results_folder", "run", "run_all", "start")
+_EXPERIMENT = (
+    "Experiment",
+    "Result",
+    "check_lists",
+    "results_folder",
+    "run",
+    "run_all",
+    "start",
+    "sweep",
+)
 
 
 def __getattr__(name: str):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 
 import safetensors
@@ -189,6 +190,22 @@ def check_lists(**lists) -> None:
                 f"{name} must be a list of whole numbers or of names, not {values!r}; with "
                 f"papermill write -y '{name}: [...]', since -p passes a list as text"
             )
+
+
+def sweep(settings: dict | None = None, **choices) -> list[Experiment]:
+    """The experiments of every combination: each choice is a field's value or a list of values.
+
+    The last choice varies fastest. A published solver on a grid that no seed has a part in is
+    listed once, for the first seed. Raises UsageError as Experiment does.
+    """
+    lists = {k: v if isinstance(v, list) else [v] for k, v in choices.items()}
+    found = []
+    for values in product(*lists.values()):
+        experiment = Experiment(**dict(zip(lists, values, strict=True)), settings=settings or {})
+        fixed = experiment.learn == "none" and experiment.grid != "ld3" and experiment.solver != V3
+        if not fixed or experiment.seed == lists.get("seed", [0])[0]:
+            found.append(experiment)
+    return found
 
 
 @dataclass(frozen=True)

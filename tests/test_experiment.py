@@ -552,3 +552,22 @@ def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
     with pytest.raises(s4s.LearningDiverged, match="diverged in phase 'phi'") as error:
         s4s.run_all(many, workers=2)
     assert error.value.best.nfe in (2, 3)
+
+
+def test_a_sweep_is_every_combination_and_lists_what_no_seed_changes_once():
+    found = s4s.sweep(
+        {"fid_samples": 9}, dataset="mixture", grid=["edm", "ld3"], solver="ipndm", nfe=[3, 4],
+        learn=["none", "coefficients"], seed=[5, 6],
+    )  # fmt: skip
+    assert all(e.params.fid_samples == 9 and e.dataset == "mixture" for e in found)
+    combinations = [(e.grid, e.nfe, e.learn, e.seed) for e in found]
+    assert len(set(combinations)) == len(combinations) == 2 * (1 + 2 + 2 + 2)
+    assert combinations[:3] == [("edm", 3, "none", 5), ("edm", 3, "coefficients", 5),
+                                ("edm", 3, "coefficients", 6)]  # fmt: skip
+    assert ("ld3", 4, "none", 6) in combinations and ("edm", 4, "none", 6) not in combinations
+    assert [e.seed for e in s4s.sweep(dataset="mixture", nfe=3)] == [0]
+
+
+def test_a_slip_in_a_sweep_is_one_sentence(one_sentence):
+    with one_sentence("unknown grid 'edn'"):
+        s4s.sweep(dataset="mixture", grid=["edm", "edn"], nfe=3)
