@@ -41,7 +41,7 @@ def load_edm(path, device="cpu") -> nn.Module:
         net = load_network(path)
         if not isinstance(net, EDMDenoiser):
             raise UsageError(
-                f"{path} holds a {type(net).__name__}, not an EDMDenoiser; use a file by convert_edm"
+                f"{path} holds a {type(net).__name__}, no EDMDenoiser; use what convert_edm made"
             )
         return net.to(device)
     ema = read_persistent(path).get("ema")

@@ -38,7 +38,7 @@ class GroupNorm(nn.GroupNorm):
 
 def low_pass(taps: Sequence[float]) -> Tensor:
     """The separable filter (1, 1, k, k) with these taps, such as 1 3 3 1; its sum is 1."""
-    taps = torch.tensor(taps, dtype=torch.float32)
+    taps = torch.tensor(taps, dtype=torch.float32, device="cpu")  # see NoiseEmbedding
     return torch.outer(taps, taps)[None, None] / taps.sum() ** 2
 
 
@@ -132,7 +132,7 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.register_buffer("freqs", 16 * torch.randn(channels // 2))
+        self.register_buffer("freqs", 16 * torch.randn(channels // 2, device="cpu"))
 
     def forward(self, c_noise: Tensor) -> Tensor:
         return _waves(c_noise, 2 * math.pi * self.freqs)
@@ -177,15 +177,22 @@ class SongUNet(nn.Module):
                 f"a U-Net has 1 to 100 residual blocks on the way down, not {num_blocks} at each "
                 f"of {len(channel_mult)} levels; change num_blocks or channel_mult"
             )
+        c_emb, c_noise = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        if not (1 <= c_emb <= 2**16 and 4 <= c_noise <= 2**16):
+            raise UsageError(
+                f"the noise embedding has 4 to 65536 numbers, not {c_noise}, and its layers at "
+                f"most as many, not {c_emb}; change model_channels or its multipliers"
+            )
         if not img_resolution >> len(channel_mult) - 1 > 0:
             raise UsageError(
                 f"{len(channel_mult)} levels of channel_mult halve {img_resolution} pixels to "
                 "nothing; use fewer"
             )
+        if not 1 <= len(resample_filter) <= 16:
+            raise UsageError(f"resample_filter has 1 to 16 taps, not {len(resample_filter)}")
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, not {dropout}")
         self.label_dim, self.label_dropout = label_dim, label_dropout
-        c_emb, c_noise = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         levels = [(img_resolution >> i, model_channels * m) for i, m in enumerate(channel_mult)]
 
         def block(c_in, c_out, direction="", attention=False):

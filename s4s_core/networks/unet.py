@@ -29,7 +29,8 @@ class NoiseEmbedding(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        frequencies = 1e4 ** -torch.linspace(0, 1, width // 8)
+        # On the CPU even if the default is "meta", where the first arithmetic imports for seconds.
+        frequencies = 1e4 ** -torch.linspace(0, 1, width // 8, device="cpu")
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layer_1, self.layer_2 = nn.Linear(width // 8 * 2, width), nn.Linear(width, width)
 
