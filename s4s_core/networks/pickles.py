@@ -52,7 +52,7 @@ def load_edm(path, device="cpu") -> nn.Module:
             "use a checkpoint edm-*.pkl"
         )
     try:
-        config, tensors = _arguments(ema), dict(_tensors(ema))
+        config, tensors = _arguments(ema), dict(_tensors(ema, "", set()))
     except UsageError as error:
         raise UsageError(f"{path} is no EDM checkpoint: {error}; fetch it again") from None
     if sum(tensor.nbytes for tensor in tensors.values()) > Path(path).stat().st_size:
@@ -70,35 +70,36 @@ def convert_edm(pkl, path, dtype: torch.dtype = torch.float32) -> None:
 
 def _arguments(network: dict) -> str:
     """The arguments that `network` was made with, as JSON; what its state says of them counts."""
-    named = dict(zip(inspect.signature(EDMDenoiser).parameters, network["init_args"], strict=False))
-    named |= network["init_kwargs"]
+    values, state = _of_type(tuple, network.get("init_args")), _of_type(dict, network.get("state"))
+    named = dict(zip(inspect.signature(EDMDenoiser).parameters, values, strict=False))
+    named |= _of_type(dict, network.get("init_kwargs"))
     attributes = ("use_fp16", "sigma_min", "sigma_max", "sigma_data")
-    named |= {key: network["state"][key] for key in attributes if key in network["state"]}
+    named |= {key: state[key] for key in attributes if key in state}
     for key, value in named.items():
         # Shared containers and strings are short in a pickle and could be endless in JSON.
         numbers = value if type(value) in (list, tuple) else [value]
         short = len(numbers) <= 100 and len(named) <= 100 and len(str(key)) <= 100
-        if type(value) is str and len(value) > 100 or not short:
+        if (type(value) is str and len(value) > 100) or not short:
             raise UsageError(f"its argument {_shown(key)} is too long")
         if any(type(n) not in (int, float, bool) for n in numbers) and type(value) is not str:
             raise UsageError(f"its argument {_shown(key)} is neither a number, a list nor a word")
     return json.dumps(named)
 
 
-def _tensors(module, prefix: str = "", seen: frozenset | set | None = None):
+def _tensors(module, prefix: str, seen: set[int]):
     """(name in the state dict, tensor) of every parameter and buffer of a module."""
-    seen = set() if seen is None else seen
     if id(module) in seen:
         raise UsageError(f"it has the module {_shown(prefix)} twice")
     seen.add(id(module))
     state = _of_type(dict, _of_type(dict, module).get("state"))
+    not_saved = _of_type(set, state.get("_non_persistent_buffers_set", set()))
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, item in _of_type(dict, state.get(kind)).items():
             if len(_of_type(str, name)) > 100:
                 raise UsageError(f"it has the name {_shown(name)}, which is too long")
             if item is not None and kind == "_modules":
                 yield from _tensors(item, f"{prefix}{name}.", seen)
-            elif item is not None and name not in state.get("_non_persistent_buffers_set", ()):
+            elif item is not None and name not in not_saved:
                 yield prefix + name, _of_type(Tensor, item)
 
 

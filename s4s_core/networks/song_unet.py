@@ -153,10 +153,11 @@ class SongUNet(nn.Module):
 
     The arguments are those that a checkpoint records. Level i has model_channels * channel_mult[i]
     channels at resolution img_resolution / 2^i, num_blocks residual blocks on the way down and one
-    more on the way up, with self-attention at `attn_resolutions`. DDPM++ has the positional
-    embedding, NCSN++ the Fourier one, of channel_mult_noise * model_channels numbers, and a
-    residual encoder: the image itself, resampled by `resample_filter`, enters at every level. A
-    skip encoder or decoder (Karras et al. 2020, StyleGAN2) does so without further layers.
+    more on the way up, with self-attention at `attn_resolutions` (on the way up in the last block
+    only) and in the middle. DDPM++ has the positional embedding, NCSN++ the Fourier one, of
+    channel_mult_noise * model_channels numbers, and a residual encoder: the image itself, resampled
+    by `resample_filter`, enters at every level. A skip encoder or decoder (Karras et al. 2020,
+    StyleGAN2) does so without further layers.
     class_labels are (B or 1, label_dim), augment_labels (B, augment_dim), both as they come from a
     data set; x of another resolution is fine if every level can halve it.
     """
@@ -183,7 +184,7 @@ class SongUNet(nn.Module):
                 f"the noise embedding has 4 to 65536 numbers, not {c_noise}, and its layers at "
                 f"most as many, not {c_emb}; change model_channels or its multipliers"
             )
-        if not img_resolution >> len(channel_mult) - 1 > 0:
+        if img_resolution >> (len(channel_mult) - 1) < 1:
             raise UsageError(
                 f"{len(channel_mult)} levels of channel_mult halve {img_resolution} pixels to "
                 "nothing; use fewer"
