@@ -2,6 +2,8 @@
 
 from .classifier import Classifier
 from .io import load_network, read_metadata, save_network
+from .pickles import convert_edm, load_edm, read_persistent
+from .song_unet import EDMDenoiser, SongUNet
 from .training import (
     Record,
     digits_data,
@@ -12,6 +14,7 @@ from .training import (
 from .unet import EDMPrecond, UNet
 
 __all__ = [
-    "Classifier", "EDMPrecond", "Record", "UNet", "digits_data", "held_out_split", "load_network",
-    "read_metadata", "save_network", "train_classifier", "train_denoiser",
+    "Classifier", "EDMDenoiser", "EDMPrecond", "Record", "SongUNet", "UNet", "convert_edm",
+    "digits_data", "held_out_split", "load_edm", "load_network", "read_metadata",
+    "read_persistent", "save_network", "train_classifier", "train_denoiser",
 ]  # fmt: skip

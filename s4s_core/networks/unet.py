@@ -29,7 +29,8 @@ class NoiseEmbedding(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        frequencies = 1e4 ** -torch.linspace(0, 1, width // 8)
+        # On the CPU even if the default is "meta", where the first arithmetic imports for seconds.
+        frequencies = 1e4 ** -torch.linspace(0, 1, width // 8, device="cpu")
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layer_1, self.layer_2 = nn.Linear(width // 8 * 2, width), nn.Linear(width, width)
 
@@ -138,13 +139,29 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class EDMPrecond(nn.Module):
-    """D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), EDM Table 1, column "Ours".
+def precondition(network, x, sigma, sigma_data):
+    """D = c_skip x + c_out F(c_in x, c_noise) with F = `network`: EDM Table 1, column "Ours".
 
-    x (B, C, R, R) = image + sigma * noise; sigma a number, a 0-d tensor or (B,), in the units of
-    x; returns the denoised image in the dtype of x. The network runs in its own dtype, the
-    scalings and the skip connection in the dtype of x. One sigma for the whole batch is embedded
-    once, which is faster and makes an image independent of its neighbours in the batch.
+    x (B, C, H, W) = image + sigma * noise; sigma a number, a 0-d tensor or (B,), in the units of
+    x; returns the denoised image in the dtype of x. The network gets c_noise (B,), or (1,) if the
+    batch has one sigma, and may compute in any dtype.
+    """
+    if isinstance(sigma, torch.Tensor) and sigma.ndim == 1 and sigma.stride(0) == 0:
+        sigma = sigma[0]  # a scalar that was expanded to the batch
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+    total = (sigma**2 + sigma_data**2).sqrt()
+    c_skip, c_out = sigma_data**2 / total**2, sigma * sigma_data / total
+    c_in, c_noise = 1 / total, sigma.flatten().log() / 4
+    answer = network(c_in * x, c_noise)
+    return c_skip * x + c_out * answer.to(x.dtype)
+
+
+class EDMPrecond(nn.Module):
+    """D(x, sigma): the `UNet` behind EDM's `precondition`, which says what x and sigma are.
+
+    The network runs in its own dtype, the scalings and the skip connection in the dtype of x. One
+    sigma for the whole batch is embedded once, which is faster and makes an image independent of
+    its neighbours in the batch.
     """
 
     def __init__(self, sigma_data, **unet):
@@ -154,15 +171,12 @@ class EDMPrecond(nn.Module):
         self.config = dict(sigma_data=self.sigma_data, **self.unet.config)
 
     def forward(self, x, sigma):
-        if isinstance(sigma, torch.Tensor) and sigma.ndim == 1 and sigma.stride(0) == 0:
-            sigma = sigma[0]  # a scalar that was expanded to the batch
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
-        total = (sigma**2 + self.sigma_data**2).sqrt()
-        c_skip, c_out = self.sigma_data**2 / total**2, sigma * self.sigma_data / total
-        c_in, c_noise = 1 / total, sigma.flatten().log() / 4
         dtype = self.unet.conv_in.weight.dtype
-        scaled = (c_in * x).to(dtype)
-        if len(x) == 1:  # a CPU convolves a single image in another order, and rounds otherwise
-            scaled = scaled.expand(2, -1, -1, -1)
-        answer = self.unet(scaled, c_noise.to(dtype))[: len(x)]
-        return c_skip * x + c_out * answer.to(x.dtype)
+
+        def network(x, c_noise):
+            scaled = x.to(dtype)
+            if len(x) == 1:  # a CPU convolves a single image in another order, and rounds otherwise
+                scaled = scaled.expand(2, -1, -1, -1)
+            return self.unet(scaled, c_noise.to(dtype))[: len(x)]
+
+        return precondition(network, x, sigma, self.sigma_data)
