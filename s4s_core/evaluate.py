@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from .base import UsageError, progress
-from .download import fetch, file_sha256
+from .download import fetch, home
 
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
 # Of torch-fidelity's file; the eight digits in its name are the first of these.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -112,13 +116,14 @@ def to_uint8(x: Tensor, offset: float = 128.0) -> Tensor:
     return (127.5 * x + offset).clamp(0, 255).to(torch.uint8)
 
 
-def inception_weights() -> Path:
-    """The file behind every FID: torch's copy of it, if there is one, or fetched."""
-    url = _torch_fidelity().URL_INCEPTION_V3
-    copy = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    if copy.is_file() and file_sha256(copy) == INCEPTION_SHA256:
-        return copy
-    return fetch(url, INCEPTION_SHA256)
+def inception_weights() -> Path | None:
+    """The file of Inception's weights that is there, in home() or in torch's cache, if one is.
+
+    Whatever lies there is used; only with INCEPTION_SHA256 is what it measures an FID.
+    """
+    name = INCEPTION_URL.rpartition("/")[2]
+    copies = home() / name, Path(torch.hub.get_dir(), "checkpoints", name)
+    return next((copy for copy in copies if copy.is_file()), None)
 
 
 def inception_features(
@@ -127,12 +132,12 @@ def inception_features(
     """x (B, 1 or 3, H, W) in [-1, 1], or already uint8, -> (B, 2048): the features of the FID.
 
     They are torch-fidelity's port of the network of Heusel et al. (2017), which works on 8-bit
-    images: see `to_uint8` for `offset`. `weights` is a file (default: `inception_weights`), read
-    without executing anything in it. Raises UsageError if it cannot be had or read, or if the
-    torch-fidelity package is missing.
+    images: see `to_uint8` for `offset`. `weights` is a file, by default that of
+    `inception_weights` or else fetched, read without executing anything in it. Raises UsageError
+    if it cannot be had or read, or if the torch-fidelity package is missing.
     """
     module = _torch_fidelity()
-    weights = Path(weights) if weights else inception_weights()
+    weights = Path(weights or inception_weights() or fetch(INCEPTION_URL, INCEPTION_SHA256))
     try:
         # torch-fidelity would unpickle the file: it gets a copy that holds tensors only.
         tensors = io.BytesIO()

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -11,10 +11,19 @@ import yaml
 from torch import Tensor
 
 from .base import UsageError, one_of
-from .evaluate import FeatureSums, feature_sums
+from .download import fetch, file_sha256, home
+from .evaluate import (
+    INCEPTION_SHA256,
+    FeatureStatistics,
+    FeatureSums,
+    feature_sums,
+    inception_features,
+    inception_weights,
+    read_reference,
+)
 from .grid import GRIDS, VARIABLES
 from .model import Denoiser, GaussianMixture, from_denoiser
-from .networks import digits_data, load_network
+from .networks import digits_data, load_edm, load_network
 from .objective import SMALLEST_SIDE
 from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
 from .solver import SOLVERS, Solver, count_steps
@@ -43,6 +52,9 @@ class Params:
     schedule: str
     shape: list
     checkpoint: str = ""
+    url: str = ""
+    sha256: str = ""
+    guidance: float = 1.0
     teacher_solver: str = "unipc"
     teacher_order: int = 3
     teacher_grid: str = "logsnr"
@@ -78,6 +90,8 @@ class Params:
     ld3_start: str = "logsnr"
     rematerialize: bool = False
     fid_samples: int = 50000
+    fid_reference: str = ""
+    fid_offset: float = 128.0
     sample_batch_size: int = 100
     nfes: list = ()
 
@@ -169,7 +183,8 @@ class Setup:
 
     denoiser   D(x, t) -> x_0 estimate; schedule, shape (of one sample), params  as they say
     features   x -> (B, F) for the Frechet distance, and its name; needed only to measure it
-    data       () -> real samples (n, *shape), the other side of that distance
+    data       () -> real samples (n, *shape), or statistics of their features: the other side of
+               that distance
     activations  x -> layers (B, C, H, W) of a network for the distance "features", if there is one
     weights    file name -> sha256, for each network behind these; none for closed forms
     """
@@ -181,7 +196,7 @@ class Setup:
     params: Params
     features: Callable[[Tensor], Tensor] | None = None
     features_name: str = ""
-    data: Callable[[], Tensor] | None = None
+    data: Callable[[], Tensor | FeatureSums | FeatureStatistics] | None = None
     activations: Callable[[Tensor], Sequence[Tensor]] | None = None
     weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
@@ -195,11 +210,14 @@ class Setup:
         return Solver(published(p.teacher_solver, grid, p.teacher_order, p), grid)
 
     @cached_property
-    def reference(self) -> FeatureSums:
-        """Feature sums of the real data; UsageError if the setup has no features or no data."""
+    def reference(self) -> FeatureSums | FeatureStatistics:
+        """Of the real data; UsageError if the setup has no features or no data."""
         if self.features is None or self.data is None:
             raise UsageError(f"{self.name} has no features or no data: give its Setup both")
-        return feature_sums(self.features, self.data().to(self.device).split(1000))
+        data = self.data()
+        if not isinstance(data, Tensor):
+            return data
+        return feature_sums(self.features, data.to(self.device).split(1000))
 
 
 def published(name: str, grid, order: int, params: Params):
@@ -256,4 +274,60 @@ def _digits(params: Params, device: str) -> Setup:
     )
 
 
-_BUILDERS = {"mixture": _mixture, "digits": _digits}
+def _edm(name: str, params: Params, device: str) -> Setup:
+    """A checkpoint of Karras et al. 2022."""
+    path = _checkpoint(params)
+    network = load_edm(path, device)
+    network.use_fp16 = False  # half precision would round off what a solver is judged by
+    channels, side = network.config["img_channels"], network.config["img_resolution"]
+    if [channels, side, side] != params.shape:
+        raise UsageError(
+            f"{path} is a model of images {(channels, side, side)}, not {tuple(params.shape)} as "
+            f"{name} has them: put the right file in its place, or change shape"
+        )
+    schedule = NAMED_SCHEDULES[params.schedule]
+    return Setup(
+        name,
+        from_denoiser(network, schedule),
+        schedule,
+        tuple(params.shape),
+        params,
+        device=device,
+        **_judged_by_inception(params, device, {path.name: file_sha256(path)}),
+    )
+
+
+def _checkpoint(params: Params) -> Path:
+    """The model's file: its .safetensors conversion if there is one, or as published."""
+    published = home() / params.url.rpartition("/")[2]
+    converted = published.with_suffix(".safetensors")
+    return converted if converted.is_file() else fetch(params.url, params.sha256)
+
+
+def _judged_by_inception(params: Params, device: str, weights: dict[str, str]) -> dict:
+    """The entries of a Setup whose distance is the FID; files are read when it is measured."""
+
+    @cache
+    def network():
+        return inception_features(device=device, offset=params.fid_offset)
+
+    def reference() -> FeatureSums | FeatureStatistics:
+        place = params.fid_reference
+        return read_reference(fetch(place) if "://" in place else place, network())
+
+    there = inception_weights()
+    sha256 = file_sha256(there) if there else INCEPTION_SHA256
+    official = sha256 == INCEPTION_SHA256
+    return {
+        "features": lambda x: network()(x),
+        "features_name": "Inception, FID" if official else "Inception of other weights, not FID",
+        "data": reference,
+        "weights": {**weights, "inception": sha256, "fid_reference": params.fid_reference},
+    }
+
+
+_BUILDERS = {
+    "mixture": _mixture,
+    "digits": _digits,
+    **{name: partial(_edm, name) for name in ("cifar10", "ffhq", "afhqv2")},
+}

@@ -416,14 +416,10 @@ def test_weights_of_another_make_are_refused_and_not_executed(content, tmp_path,
 def test_weights_that_cannot_be_fetched_are_asked_for_in_one_sentence(
     tmp_path, monkeypatch, one_sentence
 ):
-    """A file of torch's that is not the official one is not taken for it."""
     monkeypatch.setenv("S4S_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("s4s_core.download.urlopen", offline)
     name = "weights-inception-2015-12-05-6726825d.pth"
-    copy = tmp_path / "torch" / "hub" / "checkpoints" / name
-    copy.parent.mkdir(parents=True)
-    copy.write_bytes(b"something else")
     with one_sentence("github.com", s4s.evaluate.INCEPTION_SHA256, str(tmp_path / "home" / name)):
         inception_features()
 
@@ -440,8 +436,13 @@ def test_weights_put_there_by_hand_are_found(folder, tmp_path, monkeypatch):
     path = tmp_path / folder / "weights-inception-2015-12-05-6726825d.pth"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"the official file")
-    monkeypatch.setattr(s4s.evaluate, "INCEPTION_SHA256", s4s.file_sha256(path))
-    assert inception_weights() == path
+    assert inception_weights() == path  # of whatever weights: the zoo looks at their hash
+
+
+def test_the_address_is_torch_fidelitys():
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    assert s4s.evaluate.INCEPTION_URL == module.URL_INCEPTION_V3
 
 
 def test_without_torch_fidelity_its_name_is_told(monkeypatch, one_sentence):
