@@ -86,3 +86,45 @@ def mixture():
         return replace(setup, params=setup.params.override(**{**small, **settings}))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """A file in torch-fidelity's format, with random weights that keep the features apart."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    class Untrained(module.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save({}, path)
+    network = Untrained("untrained", ["2048"], feature_extractor_weights_path=path)
+    generator = torch.Generator().manual_seed(0)
+    for weight in network.parameters():
+        if weight.ndim == 4:
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+            weight.mul_((2 / weight[0].numel()) ** 0.5)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def vgg_home(tmp_path_factory):
+    """A TORCH_HOME with torchvision's VGG-16 of random weights; its classifier, unused, is zeros."""
+    from torchvision.models import VGG16_Weights, vgg16
+
+    with torch.device("meta"):
+        shapes = vgg16().state_dict()
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, tensor in shapes.items():
+        if name.startswith("features") and tensor.ndim == 4:
+            scale = (2 / tensor[0].numel()) ** 0.5
+            state[name] = scale * torch.randn(tensor.shape, generator=generator)
+        else:
+            state[name] = torch.zeros(1).expand(tensor.shape)  # one number in the file
+    home = tmp_path_factory.mktemp("torch_home")
+    folder = home / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
+    return home

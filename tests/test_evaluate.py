@@ -220,29 +220,8 @@ def test_samples_that_are_not_finite_are_no_pixels(value, one_sentence):
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file in torch-fidelity's format, with random weights that keep the features apart."""
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
-    class Untrained(module.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state):
-            pass
-
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save({}, path)
-    network = Untrained("untrained", ["2048"], feature_extractor_weights_path=path)
-    generator = torch.Generator().manual_seed(0)
-    for weight in network.parameters():
-        if weight.ndim == 4:
-            weight.copy_(torch.randn(weight.shape, generator=generator))
-            weight.mul_((2 / weight[0].numel()) ** 0.5)
-    torch.save(network.state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def inception(weights):
-    return inception_features(weights)
+def inception(inception_file):
+    return inception_features(inception_file)
 
 
 def pixels(seed: int, n: int, side: int = 16):
@@ -254,7 +233,7 @@ def pixels(seed: int, n: int, side: int = 16):
 
 
 @pytest.mark.filterwarnings("ignore:::torch_fidelity")
-def test_fid_equals_torch_fidelitys(weights, inception):
+def test_fid_equals_torch_fidelitys(inception_file, inception):
     """From pictures to the number, with fewer images than features.
 
     torch-fidelity adds up the square roots of rounding errors there: some 1e-6 of the number.
@@ -277,7 +256,7 @@ def test_fid_equals_torch_fidelitys(weights, inception):
         input2=Pictures(y),
         fid=True,
         feature_extractor="inception-v3-compat",
-        feature_extractor_weights_path=str(weights),
+        feature_extractor_weights_path=str(inception_file),
         cuda=False,
         save_cpu_ram=True,
         cache=False,

@@ -16,6 +16,23 @@ SMALL = {"seeds": [0], "fid_samples": 100, "epochs": 1, "n_train": 40}
 LONG = {
     "ablation_order": SMALL | {"orders": [1, 2], "nfes": [2, 3], "rounds": 1, "n_train_alt": 40},
     "train_solver": SMALL | {"grids": ["edm", "logsnr"], "nfes": [3]},
+    "tables": {
+        "grids": ["dmn", "gits", "ld3"],
+        "solvers": ["ipndm", "unipc"],
+        "nfes": [3],
+        "seeds": [0],
+        "settings": {
+            "digits": {
+                "epochs": 1,
+                "rounds": 1,
+                "fid_samples": 100,
+                "n_train": 40,
+                "n_train_alt": 40,
+                "n_valid": 20,
+                "n_valid_alt": 20,
+            }
+        },
+    },
 }
 
 
@@ -26,13 +43,18 @@ def test_every_notebook_runs_here_or_under_nbval():
     assert {p.stem for p in NOTEBOOKS.glob("*.ipynb")} == under_nbval | set(LONG)
 
 
-def papermill(tmp_path, name: str, **parameters) -> tuple[subprocess.CompletedProcess, Path]:
-    """Run a notebook from tmp_path with a cache of its own; the process and the output's path."""
+def papermill(
+    tmp_path, name: str, folders=(), **parameters
+) -> tuple[subprocess.CompletedProcess, Path]:
+    """Run a notebook from tmp_path with a cache of its own, and the `folders` that the environment
+    names; the process and the output's path.
+    """
     out = tmp_path / f"{name}.ipynb"
     command = [sys.executable, "-m", "papermill", NOTEBOOKS / f"{name}.ipynb", out]
     for key, value in parameters.items():
         command += ["-y", f"{key}: {value}"]
     environment = {**os.environ, "S4S_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1"}
+    environment.update(folders)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     return done, out
 
@@ -49,7 +71,7 @@ def test_the_long_notebooks_run_from_another_folder(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "parameters", "sentence"),
     [
-        ("ablation_order", {"dataset": "ffhq"}, "unknown dataset 'ffhq'; choose one of: digits"),
+        ("ablation_order", {"dataset": "ffhqq"}, "unknown dataset 'ffhqq'; choose one of: afhqv2"),
         ("ablation_order", {"epochs": "'1e-4'"}, "epochs must be of type int, not '1e-4'"),
         ("ablation_order", {"orders": "[0]"}, "order must be a whole number of at least 1"),
         ("ablation_order", {"nfes": "'[4, 6]'"}, "nfes must be a list of whole numbers"),

@@ -1,0 +1,98 @@
+"""The pretrained models by name: small random checkpoints, put where the real ones would be."""
+
+import json
+import os
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from test_notebooks import papermill
+
+import s4s_core as s4s
+from s4s_core.networks import EDMDenoiser, save_network
+
+EDM_FILES = {
+    "cifar10": (32, "edm-cifar10-32x32-uncond-vp", "cifar10-32x32"),
+    "ffhq": (64, "edm-ffhq-64x64-uncond-vp", "ffhq-64x64"),
+    "afhqv2": (64, "edm-afhqv2-64x64-uncond-vp", "afhqv2-64x64"),
+}
+
+
+def edm_network(side: int) -> EDMDenoiser:
+    torch.manual_seed(0)
+    return EDMDenoiser(
+        side, 3, model_type="SongUNet", model_channels=8, channel_mult=[1, 1], num_blocks=1,
+        attn_resolutions=[8],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, inception_file, vgg_home):
+    """S4S_HOME and TORCH_HOME with everything that the datasets ask for, of random weights."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "weights-inception-2015-12-05-6726825d.pth").symlink_to(inception_file)
+    for side, checkpoint, reference in EDM_FILES.values():
+        save_network(home / f"{checkpoint}.safetensors", edm_network(side), torch.float32)
+        np.savez(home / f"{reference}.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    return {"S4S_HOME": str(home), "TORCH_HOME": str(vgg_home)}
+
+
+@pytest.fixture
+def placed(folders, monkeypatch):
+    for name, folder in folders.items():
+        monkeypatch.setenv(name, folder)
+
+
+SMALL = {
+    "fid_samples": 4, "epochs": 1, "rounds": 1, "phase_epochs": 1, "teacher_nfe": 3,
+    "n_train": 2, "n_valid": 2, "n_train_alt": 2, "n_valid_alt": 2,
+    "batch_size": 2, "batch_size_alt": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", EDM_FILES)
+def test_a_pretrained_model_runs_through_the_order_ablation(tmp_path, folders, dataset):
+    done, out = papermill(
+        tmp_path, "ablation_order", folders, dataset=dataset, orders="[3]", nfes="[3]",
+        seeds="[0]", settings=json.dumps(SMALL),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = str([cell.get("outputs") for cell in nbformat.read(out, 4).cells])
+    assert "Inception of other weights, not FID; seeds 0 to 3" in outputs
+    assert "| S4S | 3 |" in outputs and "nan" not in outputs
+
+
+@pytest.mark.parametrize("dataset", EDM_FILES)
+def test_the_setup_of_an_edm_model_is_its_network(placed, dataset):
+    setup = s4s.load(dataset, device="cpu")
+    side, checkpoint, _ = EDM_FILES[dataset]
+    assert setup.shape == (3, side, side) and setup.schedule == s4s.EDM()
+    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+    expected = edm_network(side).eval()(x, torch.tensor(1.5))
+    assert torch.equal(setup.denoiser(x, torch.tensor(1.5, dtype=torch.float64)), expected)
+    assert setup.weights[f"{checkpoint}.safetensors"] == s4s.file_sha256(
+        os.path.join(os.environ["S4S_HOME"], f"{checkpoint}.safetensors")
+    )
+
+
+def test_a_model_of_another_size_in_its_place_is_refused(tmp_path, monkeypatch, one_sentence):
+    monkeypatch.setenv("S4S_HOME", str(tmp_path))
+    path = tmp_path / "edm-ffhq-64x64-uncond-vp.safetensors"
+    save_network(path, edm_network(32), torch.float32)
+    with one_sentence(str(path), "(3, 32, 32)", "(3, 64, 64)", "ffhq"):
+        s4s.load("ffhq")
+
+
+@pytest.mark.parametrize("dataset", EDM_FILES)
+def test_without_its_file_a_model_says_where_to_put_it(
+    tmp_path, monkeypatch, one_sentence, dataset
+):
+    def offline(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setenv("S4S_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("s4s_core.download.urlopen", offline)
+    url = s4s.load_params(dataset).url
+    with one_sentence(url, str(tmp_path / "home" / url.rpartition("/")[2]), "by hand"):
+        s4s.load(dataset)
