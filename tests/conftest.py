@@ -111,7 +111,7 @@ def inception_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vgg_home(tmp_path_factory):
-    """A TORCH_HOME with torchvision's VGG-16 of random weights; its classifier, unused, is zeros."""
+    """A TORCH_HOME with VGG-16 as torchvision keeps it, of random weights (classifier: zeros)."""
     from torchvision.models import VGG16_Weights, vgg16
 
     with torch.device("meta"):
