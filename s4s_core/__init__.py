@@ -6,6 +6,7 @@ Read the modules in this order: schedule, grid, solver, teacher, objective, lear
 __version__ = "0.1.0"
 
 from .base import UsageError, progress
+from .check import check_denoiser
 from .evaluate import FeatureSums, feature_sums, frechet_distance, merge
 from .grid import (
     GRIDS,
@@ -28,11 +29,15 @@ from .model import (
     GaussianMixture,
     count_calls,
     from_denoiser,
+    from_flow,
     from_noise_prediction,
+    from_velocity,
+    guided,
     rematerialized,
 )
 from .objective import feature_distance, l2, lpips_distance, project_to_ball, radius, relaxed_loss
-from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
+from .pipelines import from_diffusers
+from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear, VPTable
 from .solver import (
     SOLVERS,
     Coefficients,

@@ -170,6 +170,7 @@ class Setup:
     data       () -> real samples (n, *shape), the other side of that distance
     activations  x -> layers (B, C, H, W) of a network for the distance "features", if there is one
     weights    file name -> sha256, for each network behind these; none for closed forms
+    decode     latents -> images in [-1, 1], differentiable, for a latent model
     """
 
     name: str
@@ -183,6 +184,7 @@ class Setup:
     activations: Callable[[Tensor], Sequence[Tensor]] | None = None
     weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    decode: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def teacher(self) -> Solver:

@@ -1,6 +1,6 @@
 """Execute notebooks in place, from their own folder, and leave out what differs from run to run.
 
-    python workflow/refresh_notebooks.py notebooks/00_tour.ipynb ...
+python workflow/refresh_notebooks.py notebooks/00_tour.ipynb ...
 """
 
 import sys
