@@ -53,7 +53,8 @@ tests() {
     $python -m pytest || failed="$failed tests"
     # The long notebooks run inside pytest, through papermill and at a small scale.
     $python -m pytest -p no:python --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
-        notebooks/0*.ipynb notebooks/appendix_*.ipynb || failed="$failed notebooks"
+        notebooks/0*.ipynb notebooks/appendix_*.ipynb notebooks/bring_*.ipynb ||
+        failed="$failed notebooks"
     [ -z "$failed" ] || die "failed:$failed"
 }
 

@@ -6,6 +6,7 @@ Read the modules in this order: schedule, grid, solver, teacher, objective, lear
 __version__ = "0.1.0"
 
 from .base import UsageError, progress
+from .check import check_denoiser
 from .download import fetch, file_sha256
 from .dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from .evaluate import (
@@ -44,7 +45,10 @@ from .model import (
     GaussianMixture,
     count_calls,
     from_denoiser,
+    from_flow,
     from_noise_prediction,
+    from_velocity,
+    guided,
     rematerialized,
 )
 from .objective import (
@@ -56,7 +60,8 @@ from .objective import (
     radius,
     relaxed_loss,
 )
-from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
+from .pipelines import from_diffusers
+from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear, VPTable
 from .solver import (
     SOLVERS,
     Coefficients,

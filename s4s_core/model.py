@@ -46,6 +46,55 @@ def from_noise_prediction(network, schedule: NoiseSchedule) -> Denoiser:
     return _Denoiser(denoise, schedule)
 
 
+def from_velocity(network, schedule: NoiseSchedule) -> Denoiser:
+    """A denoiser from network(x, t (B,)) -> v = alpha eps - sigma x_0 (Salimans & Ho 2022).
+
+    D = (alpha x - sigma v) / (alpha^2 + sigma^2). What flow matching calls velocity is another
+    quantity: `from_flow`.
+    """
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return (alpha * x - sigma * network(x, _times(t, x))) / (alpha**2 + sigma**2)
+
+    return _Denoiser(denoise, schedule)
+
+
+def from_flow(network, schedule: NoiseSchedule) -> Denoiser:
+    """A denoiser from network(x, t (B,)) -> eps - x_0, on RectifiedFlow the velocity dx/dsigma.
+
+    D = (x - sigma (eps - x_0)) / (alpha + sigma). Where time runs from noise to data (Lipman et
+    al. 2023), give the network 1 - t and turn the sign of its answer.
+    """
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return (x - sigma * network(x, _times(t, x))) / (alpha + sigma)
+
+    return _Denoiser(denoise, schedule)
+
+
+def guided(network, conditional: dict, unconditional: dict, scale: float):
+    """Classifier-free guidance (Ho & Salimans 2021): u + scale (c - u), for the functions above.
+
+    network(x (B, ...), t (B,), **condition) with two conditions, dicts of tensors of one row, or of
+    one row a sample. Both answers come from one call of 2B rows, the unconditional first, and
+    count as one network call (NFE); at scale 1 there is only the conditional one.
+    """
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        n = len(x)
+        rows = [{k: v.expand(n, *v.shape[1:]) for k, v in c.items()}
+                for c in (unconditional, conditional)]  # fmt: skip
+        if scale == 1:
+            return network(x, t, **rows[1])
+        both = {k: torch.cat([rows[0][k], rows[1][k]]) for k in conditional}
+        u, c = network(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        return u + scale * (c - u)
+
+    return predict
+
+
 def rematerialized(denoiser: Denoiser) -> Denoiser:
     """The same denoiser, whose activations are computed again in the backward pass (App. F.2).
 

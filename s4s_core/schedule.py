@@ -8,7 +8,7 @@ Everything else in the package asks a schedule for alpha, sigma and two derived 
 In (y, s) the probability-flow ODE (Eq. 2) is dy/ds = eps for every schedule.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 
 import torch
@@ -119,13 +119,34 @@ class VPLinear(_VariancePreserving):
         return -4 * log_alpha / (root + self.beta_0)
 
 
-@dataclass(frozen=True)
-class VPDiscrete(_VariancePreserving):
-    """Latent-diffusion betas: 1000 noise levels, ln alpha piecewise linear in t between them.
+class _Discrete(_VariancePreserving):
+    """ln alpha piecewise linear in t between N noise levels; a subclass gives `_log_alphas`, (N,).
 
-    Level n sits at t = (n + 1) / 1000, so the networks' own time is 1000 t - 1
-    (Rombach et al. 2022; interpolation of Lu et al. 2022a). Defaults: Stable Diffusion;
-    `ldm()` gives the constants of the LSUN and ImageNet models.
+    Level n sits at t = (n + 1) / N, so the network's own time is N t - 1
+    (interpolation of Lu et al. 2022a).
+    """
+
+    def _log_alphas(self) -> Tensor:
+        raise NotImplementedError
+
+    @cached_property
+    def _table(self) -> tuple[Tensor, Tensor]:
+        values = self._log_alphas()
+        return torch.arange(1, len(values) + 1, dtype=torch.float64) / len(values), values
+
+    def log_alpha(self, t) -> Tensor:
+        return _interpolate(_tensor(t), *self._table)
+
+    def t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        t, table = self._table
+        return _interpolate(log_alpha, table.flip(0), t.flip(0))
+
+
+@dataclass(frozen=True)
+class VPDiscrete(_Discrete):
+    """Latent-diffusion betas, whose square roots are equally spaced (Rombach et al. 2022).
+
+    Defaults: Stable Diffusion; `ldm()` gives the constants of the LSUN and ImageNet models.
     """
 
     T: float = 1.0
@@ -139,19 +160,25 @@ class VPDiscrete(_VariancePreserving):
         """The latent-diffusion constants for LSUN-Bedroom and ImageNet-256."""
         return cls(beta_start=0.0015, beta_end=0.0195)
 
-    @cached_property
-    def _table(self) -> tuple[Tensor, Tensor]:
+    def _log_alphas(self) -> Tensor:
         root = [self.beta_start**0.5, self.beta_end**0.5]
         betas = torch.linspace(*root, self.levels, dtype=torch.float64) ** 2
-        t = torch.arange(1, self.levels + 1, dtype=torch.float64) / self.levels
-        return t, 0.5 * torch.log1p(-betas).cumsum(0)
+        return 0.5 * torch.log1p(-betas).cumsum(0)
 
-    def log_alpha(self, t) -> Tensor:
-        return _interpolate(_tensor(t), *self._table)
 
-    def t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        t, table = self._table
-        return _interpolate(log_alpha, table.flip(0), t.flip(0))
+@dataclass(frozen=True)
+class VPTable(_Discrete):
+    """Noise levels given one by one: alphas_cumprod[n] = alpha^2 of level n, falling from near 1.
+
+    T < 1 leaves out the noisiest levels, t_min > 1 / N the cleanest.
+    """
+
+    T: float = 1.0
+    t_min: float = 1e-3
+    alphas_cumprod: tuple[float, ...] = field(default=(), repr=False)
+
+    def _log_alphas(self) -> Tensor:
+        return 0.5 * torch.tensor(self.alphas_cumprod, dtype=torch.float64).log()
 
 
 def _interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
@@ -164,25 +191,29 @@ def _interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RectifiedFlow(NoiseSchedule):
-    """x_t = (1 - t) x_0 + t eps (Liu et al. 2023).
+    """x_t = (1 - sigma) x_0 + sigma eps, sigma = t (Liu et al. 2023).
 
-    T stays below 1, where alpha = 0 and y = x / alpha would not exist.
+    With a `shift` sigma = shift t / (1 + (shift - 1) t), which spends more of t on noise (Esser et
+    al. 2024). T stays below 1, where alpha = 0 and y = x / alpha would not exist.
     """
 
     T: float = 0.999
     t_min: float = 1e-3
+    shift: float = 1.0
 
     def alpha(self, t) -> Tensor:
-        return 1 - _tensor(t)
+        return 1 - self.sigma(t)
 
     def sigma(self, t) -> Tensor:
-        return _tensor(t)
+        t = _tensor(t)
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
     def t_of_lam(self, lam) -> Tensor:
-        return torch.sigmoid(-_tensor(lam))
+        sigma = torch.sigmoid(-_tensor(lam))
+        return sigma / (self.shift - (self.shift - 1) * sigma)
 
 
-SCHEDULES = {cls.__name__: cls for cls in (EDM, VPLinear, VPDiscrete, RectifiedFlow)}
+SCHEDULES = {cls.__name__: cls for cls in (EDM, VPLinear, VPDiscrete, VPTable, RectifiedFlow)}
 
 
 def schedule_from_dict(entries: dict) -> NoiseSchedule:
@@ -193,8 +224,10 @@ def schedule_from_dict(entries: dict) -> NoiseSchedule:
     cls = one_of("noise schedule", constants.pop("name", None), SCHEDULES)
     for key, value in constants.items():
         one_of(f"constant of {cls.__name__}", key, {f.name for f in fields(cls)})
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UsageError(f"{cls.__name__}.{key} must be a number, not {value!r}")
+        values = constants[key] = tuple(value) if isinstance(value, list) else value
+        for number in values if isinstance(values, tuple) else [values]:
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise UsageError(f"{cls.__name__}.{key} must be a number, not {number!r}")
     schedule = cls(**constants)
     try:
         lam = schedule.lam(torch.linspace(schedule.T, schedule.t_min, 100, dtype=torch.float64))

@@ -187,6 +187,7 @@ class Setup:
                that distance
     activations  x -> layers (B, C, H, W) of a network for the distance "features", if there is one
     weights    file name -> sha256, for each network behind these; none for closed forms
+    decode     latents -> images in [-1, 1], differentiable, for a latent model
     """
 
     name: str
@@ -200,6 +201,7 @@ class Setup:
     activations: Callable[[Tensor], Sequence[Tensor]] | None = None
     weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    decode: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def teacher(self) -> Solver:

@@ -11,7 +11,10 @@ from s4s_core import (
     VPLinear,
     count_calls,
     from_denoiser,
+    from_flow,
     from_noise_prediction,
+    from_velocity,
+    guided,
     rematerialized,
 )
 
@@ -104,6 +107,78 @@ def test_noise_prediction_of_a_denoiser_gives_the_denoiser_back(noise, schedule,
     denoiser = from_noise_prediction(predict_noise, schedule)
     torch.testing.assert_close(denoiser(x, t), mixture(x, t), rtol=1e-10, atol=1e-10)
     assert denoiser.schedule == schedule
+
+
+@every_schedule
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("make", [from_velocity, from_flow])
+def test_other_predictions_of_a_denoiser_give_the_denoiser_back(noise, schedule, t, make):
+    mixture, t = plane(schedule), scalar(t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+
+    def predict(x, times):
+        assert times.shape == (len(x),)
+        x_0 = mixture(x, t)
+        eps = (x - alpha * x_0) / sigma
+        return alpha * eps - sigma * x_0 if make is from_velocity else eps - x_0
+
+    x = noise(0, 7, 2)
+    denoiser = make(predict, schedule)
+    torch.testing.assert_close(denoiser(x, t), mixture(x, t), rtol=1e-10, atol=1e-10)
+    assert denoiser.schedule == schedule
+
+
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), RectifiedFlow(shift=3.0)])
+def test_the_flow_is_the_derivative_of_the_path_in_sigma(noise, schedule):
+    x_0, eps, sigma = noise(0, 4, 2), noise(1, 4, 2), schedule.sigma(0.3)
+
+    def path(sigma):
+        return (1 - sigma) * x_0 + sigma * eps
+
+    _, flow = torch.autograd.functional.jvp(path, sigma, torch.ones_like(sigma))
+    denoiser = from_flow(lambda x, times: flow, schedule)
+    torch.testing.assert_close(denoiser(path(sigma), scalar(0.3)), x_0)
+
+
+def test_guidance_is_one_call_of_both_conditions(noise):
+    seen = []
+
+    def network(x, t, shift, factor):
+        seen.append((x.shape, t.shape, shift.shape))
+        return factor * x + shift + t[:, None]
+
+    x, t = noise(0, 5, 3), torch.full((5,), 0.3, dtype=torch.float64)
+    one, none = ({"shift": noise(seed, 1, 3), "factor": noise(seed + 1, 1, 1)} for seed in (1, 3))
+    c, u = network(x, t, **one), network(x, t, **none)
+    for scale in (0.0, 1.0, 2.5):
+        seen.clear()
+        answer = guided(network, one, none, scale)(x, t)
+        torch.testing.assert_close(answer, u + scale * (c - u), rtol=1e-13, atol=1e-13)
+        rows = 5 if scale == 1 else 10
+        assert seen == [((rows, 3), (rows,), (rows, 3))]
+
+
+def test_guidance_of_the_prediction_is_guidance_of_the_denoiser_and_counts_once(noise):
+    schedule, x, t = VPDiscrete(), noise(0, 4, 2), scalar(0.4)
+
+    def network(x, times, mean):
+        return x - mean
+
+    one, none = ({"mean": noise(seed, 1, 2)} for seed in (1, 2))
+    for make in (from_noise_prediction, from_velocity, from_flow, from_denoiser):
+        c, u = (
+            make(lambda x, t, condition=condition: network(x, t, **condition), schedule)(x, t)
+            for condition in (one, none)
+        )
+        counted = count_calls(make(guided(network, one, none, 3.0), schedule))
+        torch.testing.assert_close(counted(x, t), u + 3 * (c - u), rtol=1e-12, atol=1e-12)
+        assert counted.calls == 1
+
+
+def test_guidance_takes_one_condition_a_sample(noise):
+    x, t, rows = noise(0, 3, 2), torch.zeros(3), noise(1, 3, 2)
+    predict = guided(lambda x, t, c: x * c, {"c": rows}, {"c": torch.zeros(1, 2)}, 2.0)
+    torch.testing.assert_close(predict(x, t), 2 * x * rows)
 
 
 def test_from_denoiser_passes_one_time_a_sample(noise):

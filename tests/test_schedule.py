@@ -1,21 +1,25 @@
 """Noise schedules: the two coordinates are inverse to each other and equal the published tables."""
 
+import json
 import math
 
 import diffusers
 import pytest
 import torch
 
-from s4s_core import EDM, RectifiedFlow, VPDiscrete, VPLinear
+from s4s_core import EDM, RectifiedFlow, VPDiscrete, VPLinear, VPTable
 from s4s_core.schedule import SCHEDULES, schedule_from_dict
 
 SD, LDM = VPDiscrete(), VPDiscrete.ldm()
-ALL = [EDM(), VPLinear(), SD, LDM, RectifiedFlow()]
+LINEAR = tuple((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).tolist())
+TABLE = VPTable(alphas_cumprod=LINEAR)
+ALL = [EDM(), VPLinear(), SD, LDM, TABLE, RectifiedFlow(), RectifiedFlow(shift=3.0)]
 SEEDS = range(3)
 
 
 def names(schedule):
-    return {LDM: "LDM", SD: "SD"}.get(schedule, type(schedule).__name__)
+    named = {LDM: "LDM", SD: "SD", ALL[-1]: "RectifiedFlow-shift"}
+    return named.get(schedule, type(schedule).__name__)
 
 
 every_schedule = pytest.mark.parametrize("schedule", ALL, ids=names)
@@ -54,7 +58,7 @@ def test_lambda_is_log_alpha_over_sigma_and_rises_towards_the_data(schedule):
     assert (schedule.alpha(t) > 0).all() and (schedule.sigma(t) > 0).all()
 
 
-@pytest.mark.parametrize("schedule", [VPLinear(), SD, LDM], ids=names)
+@pytest.mark.parametrize("schedule", [VPLinear(), SD, LDM, TABLE], ids=names)
 def test_variance_preserving_schedules_preserve_variance(schedule):
     t = times(schedule, 0)
     total = schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2
@@ -108,6 +112,26 @@ def test_discrete_schedules_equal_those_of_diffusers_at_every_noise_level(schedu
     torch.testing.assert_close(schedule.alpha(t) ** 2, alphas_cumprod, rtol=3e-5, atol=0)
 
 
+def test_a_table_has_its_levels_whatever_made_them():
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    torch.testing.assert_close(
+        TABLE.alpha(t) ** 2, torch.tensor(LINEAR).double(), rtol=1e-6, atol=0
+    )
+    table = VPTable(alphas_cumprod=tuple((SD.alpha(t) ** 2).tolist()))
+    between = torch.tensor([1e-3, 0.12345, 0.5, 0.98765], dtype=torch.float64)
+    torch.testing.assert_close(table.lam(between), SD.lam(between), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_shift_is_that_of_diffusers(shift):
+    oracle = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    t = torch.linspace(0.99, 0.01, 9, dtype=torch.float64)
+    oracle.set_timesteps(sigmas=t.tolist())
+    sigma = RectifiedFlow(shift=shift).sigma(t)
+    torch.testing.assert_close(sigma, oracle.sigmas[:-1].double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(1000 * sigma, oracle.timesteps.double(), rtol=1e-6, atol=0)
+
+
 def test_discrete_schedules_are_linear_in_log_alpha_between_and_beyond_the_levels():
     t = torch.tensor([0.5, 0.5004, 0.501], dtype=torch.float64)
     left, inside, right = SD.alpha(t).log()
@@ -158,6 +182,7 @@ def test_methods_keep_shape_and_take_plain_floats(schedule):
 @every_schedule
 def test_schedule_comes_back_from_its_dict(schedule):
     assert schedule_from_dict(schedule.to_dict()) == schedule
+    assert schedule_from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
     assert schedule.to_dict()["name"] in SCHEDULES
 
 
@@ -182,6 +207,15 @@ def test_schedule_comes_back_from_its_dict(schedule):
         ({"name": "VPDiscrete", "beta_start": -0.1}, ["beta_start"]),
         ({"name": "VPDiscrete", "beta_end": 1.5}, ["beta_end"]),
         ({"name": "VPLinear", "beta_1": -20.0}, ["beta_1"]),
+        ({"name": "EDM", "T": [80.0]}, ["T > t_min"]),
+        ({"name": "RectifiedFlow", "shift": -1.0}, ["shift"]),
+        ({"name": "VPTable"}, ["VPTable"]),
+        ({"name": "VPTable", "alphas_cumprod": 0.5}, ["VPTable"]),
+        ({"name": "VPTable", "alphas_cumprod": [0.9]}, ["VPTable"]),
+        ({"name": "VPTable", "alphas_cumprod": [0.9, "0.1"]}, ["alphas_cumprod", "'0.1'"]),
+        ({"name": "VPTable", "alphas_cumprod": [0.1, 0.9]}, ["VPTable"]),
+        ({"name": "VPTable", "alphas_cumprod": [0.9, 0.0]}, ["VPTable"]),
+        ({"name": "VPTable", "alphas_cumprod": [[0.9], [0.1]]}, ["alphas_cumprod", "[0.9]"]),
     ],
 )
 def test_a_dict_that_is_no_schedule_is_refused_in_one_sentence(one_sentence, entries, words):
