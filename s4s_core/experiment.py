@@ -299,7 +299,7 @@ def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:
 
     def make() -> dict[str, Tensor]:
         made = make_teacher_set(setup, n_train, n_valid, seed)
-        return {"x_T": made.x_T, "x_0": made.x_0}
+        return {"x_T": made.x_T, "x_0": made.x_0, "seeds": made.seeds}
 
     config = {"n_train": n_train, "n_valid": n_valid, "seed": seed}
     return TeacherSet(**_cached_tensors(setup, "teacher_set", config, make), n_train=n_train)

@@ -23,8 +23,8 @@ class _Denoiser:
         if schedule is not None:
             self.schedule = schedule
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.function(x, t)
+    def __call__(self, x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        return self.function(x, t, *condition)
 
 
 def _times(t: Tensor, x: Tensor) -> Tensor:
@@ -38,12 +38,21 @@ def from_denoiser(network, schedule: NoiseSchedule) -> Denoiser:
 
 
 def from_noise_prediction(network, schedule: NoiseSchedule) -> Denoiser:
-    """A denoiser from network(x, t (B,)) -> eps: D = (x - sigma eps) / alpha."""
+    """A denoiser from network(x, t (B,)) -> eps: D = (x - sigma eps) / alpha.
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        return (x - schedule.sigma(t) * network(x, _times(t, x))) / schedule.alpha(t)
+    What follows x and t, a condition, is passed on to the network.
+    """
+
+    def denoise(x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        eps = network(x, _times(t, x), *condition)
+        return (x - schedule.sigma(t) * eps) / schedule.alpha(t)
 
     return _Denoiser(denoise, schedule)
+
+
+def conditioned(denoiser, condition: Tensor) -> Denoiser:
+    """D(x, t) = denoiser(x, t, condition) for x (B, ...), condition (B, ...)."""
+    return _Denoiser(lambda x, t: denoiser(x, t, condition), getattr(denoiser, "schedule", None))
 
 
 def rematerialized(denoiser: Denoiser) -> Denoiser:

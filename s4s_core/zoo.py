@@ -13,7 +13,7 @@ from torch import Tensor
 from .base import UsageError, one_of
 from .evaluate import FeatureSums, feature_sums
 from .grid import GRIDS, VARIABLES
-from .model import Denoiser, GaussianMixture, from_denoiser
+from .model import Denoiser, GaussianMixture, conditioned, from_denoiser
 from .networks import digits_data, load_network
 from .objective import SMALLEST_SIDE
 from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
@@ -166,6 +166,8 @@ class Setup:
     """A model and all that learning a solver for it needs; a model of your own is one of these.
 
     denoiser   D(x, t) -> x_0 estimate; schedule, shape (of one sample), params  as they say
+    condition  seeds -> (B, ...), the classes or captions that go with the noises of these seeds;
+               the denoiser is then D(x, t, condition). None: there are no conditions
     features   x -> (B, F) for the Frechet distance, and its name; needed only to measure it
     data       () -> real samples (n, *shape), the other side of that distance
     activations  x -> layers (B, C, H, W) of a network for the distance "features", if there is one
@@ -183,6 +185,13 @@ class Setup:
     activations: Callable[[Tensor], Sequence[Tensor]] | None = None
     weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
+    condition: Callable[[Sequence[int]], Tensor] | None = None
+
+    def denoiser_for(self, seeds: Sequence[int]) -> Denoiser:
+        """D(x, t) for the samples of these seeds, each with the condition that is its own."""
+        if self.condition is None:
+            return self.denoiser
+        return conditioned(self.denoiser, self.condition(seeds))
 
     @cached_property
     def teacher(self) -> Solver:
