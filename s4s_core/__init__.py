@@ -26,12 +26,21 @@ from .learn import (
 )
 from .model import (
     GaussianMixture,
+    conditioned,
     count_calls,
     from_denoiser,
     from_noise_prediction,
     rematerialized,
 )
-from .objective import feature_distance, l2, lpips_distance, project_to_ball, radius, relaxed_loss
+from .objective import (
+    decoded_distance,
+    feature_distance,
+    l2,
+    lpips_distance,
+    project_to_ball,
+    radius,
+    relaxed_loss,
+)
 from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
 from .solver import (
     SOLVERS,

@@ -186,7 +186,8 @@ def run(experiment: Experiment) -> Result:
     solver, seconds, history = _learned(experiment, setup, path)
     n = setup.params.fid_samples
     x_0 = torch.cat([x.cpu() for x in generate(solver, setup, range(n))])
-    sums = feature_sums(setup.features, x_0.to(setup.device).split(setup.params.sample_batch_size))
+    batches = (x.to(setup.device) for x in x_0.split(setup.params.sample_batch_size))
+    sums = feature_sums(lambda x: setup.features(setup.decode(x)), batches)
     metrics = {
         "frechet": frechet_distance(sums, setup.reference),
         "distance_to_teacher": (x_0 - _teacher_samples(setup)).square().mean().sqrt().item(),

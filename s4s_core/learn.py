@@ -19,7 +19,15 @@ from torch import Tensor
 from .base import UsageError, progress
 from .grid import LearnedGrid
 from .model import rematerialized
-from .objective import feature_distance, l2, lpips_distance, project_to_ball, radius, relaxed_loss
+from .objective import (
+    decoded_distance,
+    feature_distance,
+    l2,
+    lpips_distance,
+    project_to_ball,
+    radius,
+    relaxed_loss,
+)
 from .solver import Coefficients, Solver, count_parameters
 from .teacher import TeacherSet
 
@@ -91,14 +99,17 @@ def _as_alt(params):
 
 
 def _distance(setup, params):
-    """The distance d of Eq. 6 that `params` name."""
+    """The distance d of Eq. 6 that `params` name, between decoded samples."""
     if params.distance == "l2":
-        return l2
-    if params.distance == "lpips":
-        return lpips_distance(params.lpips_net, params.lpips_resize, setup.device)
-    if setup.activations is None:
+        distance = l2
+    elif params.distance == "lpips":
+        distance = lpips_distance(params.lpips_net, params.lpips_resize, setup.device)
+    elif setup.activations is None:
         raise UsageError(f"{setup.name} has no network for distance features: choose l2 or lpips")
-    return feature_distance(setup.activations)
+    else:
+        distance = feature_distance(setup.activations)
+    decode = rematerialized(setup.decode) if params.rematerialize else setup.decode
+    return decoded_distance(distance, decode)
 
 
 class _Student:

@@ -168,9 +168,10 @@ class Setup:
     denoiser   D(x, t) -> x_0 estimate; schedule, shape (of one sample), params  as they say
     condition  seeds -> (B, ...), the classes or captions that go with the noises of these seeds;
                the denoiser is then D(x, t, condition). None: there are no conditions
-    features   x -> (B, F) for the Frechet distance, and its name; needed only to measure it
-    data       () -> real samples (n, *shape), the other side of that distance
-    activations  x -> layers (B, C, H, W) of a network for the distance "features", if there is one
+    decode     x -> images (B, C, H, W) in [-1, 1], differentiable, where samples are latents
+    features   decode(x) -> (B, F) for the Frechet distance, and its name; only to measure it
+    data       () -> real images, (n, ...) as decode gives them, the other side of that distance
+    activations  decode(x) -> layers (B, C, H, W) of a network for the distance "features"
     weights    file name -> sha256, for each network behind these; none for closed forms
     """
 
@@ -186,6 +187,7 @@ class Setup:
     weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     condition: Callable[[Sequence[int]], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] = lambda x: x
 
     def denoiser_for(self, seeds: Sequence[int]) -> Denoiser:
         """D(x, t) for the samples of these seeds, each with the condition that is its own."""

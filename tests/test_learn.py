@@ -666,3 +666,44 @@ def test_conditions_need_the_seeds_of_the_pairs(conditional, one_sentence):
     teacher = replace(make_teacher_set(setup), seeds=None)
     with one_sentence("mixture", "seeds", "make_teacher_set"):
         next(learn_coefficients(setup.teacher, setup, teacher))
+
+
+# --- Latents -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def latent(mixture):
+    """The mixture as if its points were latents of three numbers that are looked at."""
+
+    def make(**settings):
+        torch.manual_seed(0)
+        decoder = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh())
+        return replace(mixture(**settings), decode=decoder.double().requires_grad_(False))
+
+    return make
+
+
+@every_algorithm
+def test_what_is_learned_is_the_distance_of_decoded_samples(latent, learn):
+    setup = latent(epochs=4)
+    teacher, grid = make_teacher_set(setup), time_logsnr(setup.schedule, 4)
+    first, *_, last = learn(Solver(ipndm(grid, 3), grid), setup, teacher)
+    assert last.best is not first.solver
+
+    def images(solver):
+        return setup.decode(solver.sample(setup.denoiser, teacher.valid[0]))
+
+    for solver, loss in ((first.solver, first.valid_loss), (last.solver, last.valid_loss)):
+        expected = (images(solver) - setup.decode(teacher.valid[1])).square().mean()
+        assert loss == pytest.approx(expected.item())
+
+
+@every_algorithm
+def test_decoding_again_in_the_backward_pass_changes_nothing(latent, learn):
+    results = []
+    for rematerialize in (False, True):
+        setup = latent(rematerialize=rematerialize)
+        teacher, grid = make_teacher_set(setup), time_logsnr(setup.schedule, 4)
+        *_, last = learn(Solver(ipndm(grid, 3), grid), setup, teacher)
+        results.append((last.train_loss, last.valid_loss, last.solver.to_dict()))
+    assert results[0] == results[1]
