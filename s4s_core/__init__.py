@@ -43,6 +43,7 @@ from .learn import (
 )
 from .model import (
     GaussianMixture,
+    conditioned,
     count_calls,
     from_denoiser,
     from_flow,
@@ -52,6 +53,7 @@ from .model import (
     rematerialized,
 )
 from .objective import (
+    decoded_distance,
     feature_distance,
     l2,
     lpips_distance,

@@ -257,7 +257,8 @@ def run(experiment: Experiment) -> Result:
     solver, seconds, history = _learned(experiment, setup, path)
     n = setup.params.fid_samples
     x_0 = torch.cat([x.cpu() for x in generate(solver, setup, range(n))])
-    sums = feature_sums(setup.features, x_0.to(setup.device).split(setup.params.sample_batch_size))
+    batches = (x.to(setup.device) for x in x_0.split(setup.params.sample_batch_size))
+    sums = feature_sums(lambda x: setup.features(setup.decode(x)), batches)
     metrics = {
         "frechet": frechet_distance(sums, setup.reference),
         "distance_to_teacher": (x_0 - _teacher_samples(setup)).square().mean().sqrt().item(),
@@ -402,7 +403,7 @@ def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:
 
     def make() -> dict[str, Tensor]:
         made = make_teacher_set(setup, n_train, n_valid, seed)
-        return {"x_T": made.x_T, "x_0": made.x_0}
+        return {"x_T": made.x_T, "x_0": made.x_0, "seeds": made.seeds}
 
     config = {"n_train": n_train, "n_valid": n_valid, "seed": seed}
     return TeacherSet(**_cached_tensors(setup, "teacher_set", config, make), n_train=n_train)

@@ -22,6 +22,7 @@ from .base import UsageError, progress
 from .grid import LearnedGrid, TimeGrid
 from .model import rematerialized
 from .objective import (
+    decoded_distance,
     feature_distance,
     l2,
     lpips_distance,
@@ -162,14 +163,17 @@ _PIXEL_DISTANCES = {"l2": l2, "psnr": negative_psnr}
 
 
 def _distance(setup, params):
-    """The distance d of Eq. 6 that `params` name."""
+    """The distance d of Eq. 6 that `params` name, between decoded samples."""
     if params.distance in _PIXEL_DISTANCES:
-        return _PIXEL_DISTANCES[params.distance]
-    if params.distance == "lpips":
-        return lpips_distance(params.lpips_net, params.lpips_resize, setup.device)
-    if setup.activations is None:
+        distance = _PIXEL_DISTANCES[params.distance]
+    elif params.distance == "lpips":
+        distance = lpips_distance(params.lpips_net, params.lpips_resize, setup.device)
+    elif setup.activations is None:
         raise UsageError(f"{setup.name} has no network for distance features: choose l2 or lpips")
-    return feature_distance(setup.activations)
+    else:
+        distance = feature_distance(setup.activations)
+    decode = rematerialized(setup.decode) if params.rematerialize else setup.decode
+    return decoded_distance(distance, decode)
 
 
 class _Student:
@@ -259,10 +263,12 @@ def _learn(
             f"the teacher set has samples of shape {tuple(teacher.x_T.shape[1:])}, the model of "
             f"{tuple(setup.shape)}: make it with make_teacher_set(setup)"
         )
-    denoiser, device = setup.denoiser, setup.device
-    if params.rematerialize:
-        denoiser = rematerialized(denoiser)
-    distance = _distance(setup, params)
+    if setup.condition and teacher.seeds is None:
+        raise UsageError(
+            f"{setup.name} needs each sample's condition and the teacher set does not know its "
+            "seeds: make it with make_teacher_set(setup)"
+        )
+    device, distance = setup.device, _distance(setup, params)
     student = _Student(solver, params, any("phi" in phase for phase, _ in phases), theory)
     optimisers = _optimisers(student, params)
     m = count_parameters(solver.coefficients, params.time_dependent)
@@ -275,19 +281,24 @@ def _learn(
     x_relaxed = x_T.clone()  # x'_T, kept from epoch to epoch and from phase to phase (Alg. 2)
     generator = torch.Generator().manual_seed(seed)
 
+    def denoiser_of(pairs: Tensor):
+        """D(x, t) for the pairs of these indices in the teacher set."""
+        seeds = None if teacher.seeds is None else teacher.seeds[pairs].tolist()
+        denoiser = setup.denoiser_for(seeds)
+        return rematerialized(denoiser) if params.rematerialize else denoiser
+
     @torch.no_grad()
-    def mean_loss(pairs: tuple[Tensor, Tensor]) -> float:
-        now, size = student.solver(), params.sample_batch_size
-        batches = zip(*(x.to(device).split(size) for x in pairs), strict=True)
-        losses = [
-            relaxed_loss(denoiser, now.coefficients, now.grid, *batch, distance)
-            for batch in batches
-        ]
+    def mean_loss(pairs: Tensor) -> float:
+        now, losses = student.solver(), []
+        for batch in pairs.split(params.sample_batch_size):
+            x, target = (x[batch].to(device) for x in (teacher.x_T, teacher.x_0))
+            denoiser = denoiser_of(batch)
+            losses.append(relaxed_loss(denoiser, now.coefficients, now.grid, x, target, distance))
         return torch.cat(losses).mean().item()
 
     def step(batch: Tensor, active: list[str]) -> tuple[Tensor, Tensor]:
         """One gradient step of the active blocks and of the batch's x'_T; losses, and who moved."""
-        start = x_relaxed[batch].requires_grad_(r > 0)
+        start, denoiser = x_relaxed[batch].requires_grad_(r > 0), denoiser_of(batch)
         loss = relaxed_loss(
             denoiser, student.coefficients(), student.times(), start, x_0[batch], distance
         )
@@ -313,11 +324,12 @@ def _learn(
             x_relaxed[batch] = moved
             return loss.detach(), (moved != start).flatten(1).any(1).double().cpu()
 
-    best_loss = mean_loss(teacher.valid)
+    train, valid = torch.arange(len(teacher.x_T)).tensor_split([teacher.n_train])
+    best_loss = mean_loss(valid)
     best, best_state = student.solver(), student.snapshot()
     if not math.isfinite(best_loss):
         raise LearningDiverged(_diverged("start"), best)
-    yield Epoch(0, "start", mean_loss(teacher.train), best_loss, 0.0, best, best)
+    yield Epoch(0, "start", mean_loss(train), best_loss, 0.0, best, best)
 
     index, steps = 0, math.ceil(len(x_T) / params.batch_size)
     with progress(total=steps * sum(epochs for _, epochs in phases), desc="learning") as bar:
@@ -341,7 +353,7 @@ def _learn(
                         losses.append(loss)
                         moves.append(moved)
                         bar.update()
-                    now, valid_loss = student.solver(), mean_loss(teacher.valid)
+                    now, valid_loss = student.solver(), mean_loss(valid)
                 except UsageError:  # e.g. two times that met
                     raise LearningDiverged(_diverged(phase), best) from None
                 if not math.isfinite(valid_loss):

@@ -23,8 +23,8 @@ class _Denoiser:
         if schedule is not None:
             self.schedule = schedule
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.function(x, t)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
 
 
 def _times(t: Tensor, x: Tensor) -> Tensor:
@@ -38,10 +38,14 @@ def from_denoiser(network, schedule: NoiseSchedule) -> Denoiser:
 
 
 def from_noise_prediction(network, schedule: NoiseSchedule) -> Denoiser:
-    """A denoiser from network(x, t (B,)) -> eps: D = (x - sigma eps) / alpha."""
+    """A denoiser from network(x, t (B,)) -> eps: D = (x - sigma eps) / alpha.
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        return (x - schedule.sigma(t) * network(x, _times(t, x))) / schedule.alpha(t)
+    What follows x and t, a condition, is passed on to the network.
+    """
+
+    def denoise(x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        eps = network(x, _times(t, x), *condition)
+        return (x - schedule.sigma(t) * eps) / schedule.alpha(t)
 
     return _Denoiser(denoise, schedule)
 
@@ -95,15 +99,20 @@ def guided(network, conditional: dict, unconditional: dict, scale: float):
     return predict
 
 
-def rematerialized(denoiser: Denoiser) -> Denoiser:
-    """The same denoiser, whose activations are computed again in the backward pass (App. F.2).
+def conditioned(denoiser, condition: Tensor) -> Denoiser:
+    """D(x, t) = denoiser(x, t, condition) for x (B, ...), condition (B, ...)."""
+    return _Denoiser(lambda x, t: denoiser(x, t, condition), getattr(denoiser, "schedule", None))
+
+
+def rematerialized(function):
+    """The same denoiser or decoder, whose activations are computed again in the backward pass.
 
     Memory then holds one call's activations and the states, whatever N is, for one more forward
-    pass in each backward.
+    pass in each backward (App. F.2).
     """
     return _Denoiser(
-        lambda x, t: checkpoint(denoiser, x, t, use_reentrant=False),
-        getattr(denoiser, "schedule", None),
+        lambda *inputs: checkpoint(function, *inputs, use_reentrant=False),
+        getattr(function, "schedule", None),
     )
 
 
@@ -114,9 +123,9 @@ class count_calls(_Denoiser):
         super().__init__(denoiser, getattr(denoiser, "schedule", None))
         self.calls = 0
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         self.calls += 1
-        return super().__call__(x, t)
+        return super().__call__(*inputs)
 
 
 class GaussianMixture:

@@ -91,6 +91,17 @@ def lpips_distance(net: str = "vgg", resize: int = 0, device="cpu") -> Distance:
     return distance
 
 
+def decoded_distance(distance: Distance, decode: Callable[[Tensor], Tensor]) -> Distance:
+    """The distance between the images of two latents; the target's is made without gradient."""
+
+    def between(x: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = decode(target)
+        return distance(decode(x), target)
+
+    return between
+
+
 def radius(gamma: float, d: int, m: int) -> float:
     """r = gamma d m^(-5/2) in units of sigma_T, for d entries of x_T and m coefficients (G.2).
 

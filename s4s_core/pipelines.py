@@ -73,7 +73,7 @@ def from_diffusers(
 
     size = network.config.sample_size
     shape = (channels, *((size, size) if isinstance(size, int) else size))
-    decode = _decoder(vae) if vae is not None else None
+    decode = (lambda x: x) if vae is None else _decoder(vae)
     device = str(network.device)
     if check:
         try:

@@ -33,13 +33,14 @@ def generate(solver: Solver, setup, seeds: Iterable[int], label: str = "sampling
     seeds, size = list(seeds), setup.params.sample_batch_size
     batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
     for batch in progress(batches, desc=label):
-        yield solver.sample(setup.denoiser, initial_noise(setup, batch))
+        yield solver.sample(setup.denoiser_for(batch), initial_noise(setup, batch))
 
 
 @dataclass(frozen=True)
 class TeacherSet:
     """Pairs (x_T, x_0 = Psi*(x_T)), each (n, *shape) on the CPU; the first n_train teach.
 
+    `seeds` (n,) are those of the noises, and so of the conditions, if the model has any.
     The relaxed starts x'_T of Eq. 7 belong to a learning run, which begins them at x_T, so a set
     can be used again.
     """
@@ -47,6 +48,7 @@ class TeacherSet:
     x_T: Tensor
     x_0: Tensor
     n_train: int
+    seeds: Tensor | None = None
 
     @property
     def train(self) -> tuple[Tensor, Tensor]:
@@ -79,4 +81,4 @@ def make_teacher_set(
     first = SEEDS_PER_SET * (seed + 1)
     seeds = range(first, first + n_train + n_valid)
     x_0 = torch.cat([x.cpu() for x in generate(setup.teacher, setup, seeds, "teacher set")])
-    return TeacherSet(initial_noise(setup, seeds).cpu(), x_0, n_train)
+    return TeacherSet(initial_noise(setup, seeds).cpu(), x_0, n_train, torch.tensor(seeds))

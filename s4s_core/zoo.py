@@ -22,7 +22,7 @@ from .evaluate import (
     read_reference,
 )
 from .grid import GRIDS, VARIABLES
-from .model import Denoiser, GaussianMixture, from_denoiser
+from .model import Denoiser, GaussianMixture, conditioned, from_denoiser
 from .networks import digits_data, load_edm, load_network
 from .objective import SMALLEST_SIDE
 from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
@@ -182,12 +182,14 @@ class Setup:
     """A model and all that learning a solver for it needs; a model of your own is one of these.
 
     denoiser   D(x, t) -> x_0 estimate; schedule, shape (of one sample), params  as they say
-    features   x -> (B, F) for the Frechet distance, and its name; needed only to measure it
-    data       () -> real samples (n, *shape), or statistics of their features: the other side of
-               that distance
-    activations  x -> layers (B, C, H, W) of a network for the distance "features", if there is one
+    condition  seeds -> (B, ...), the classes or captions that go with the noises of these seeds;
+               the denoiser is then D(x, t, condition). None: there are no conditions
+    decode     x -> images (B, C, H, W) in [-1, 1], differentiable, where samples are latents
+    features   decode(x) -> (B, F) for the Frechet distance, and its name; only to measure it
+    data       () -> real images, (n, ...) as decode gives them, or statistics of their features:
+               the other side of that distance
+    activations  decode(x) -> layers (B, C, H, W) of a network for the distance "features"
     weights    file name -> sha256, for each network behind these; none for closed forms
-    decode     latents -> images in [-1, 1], differentiable, for a latent model
     """
 
     name: str
@@ -201,7 +203,14 @@ class Setup:
     activations: Callable[[Tensor], Sequence[Tensor]] | None = None
     weights: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
-    decode: Callable[[Tensor], Tensor] | None = None
+    condition: Callable[[Sequence[int]], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] = lambda x: x
+
+    def denoiser_for(self, seeds: Sequence[int]) -> Denoiser:
+        """D(x, t) for the samples of these seeds, each with the condition that is its own."""
+        if self.condition is None:
+            return self.denoiser
+        return conditioned(self.denoiser, self.condition(seeds))
 
     @cached_property
     def teacher(self) -> Solver:

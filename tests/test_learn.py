@@ -607,3 +607,103 @@ def test_a_model_of_ones_own_needs_no_more_than_a_callable_a_schedule_and_settin
     assert errors[1] < errors[0]
     with pytest.raises(s4s.UsageError, match="mine has no features or no data"):
         setup.reference  # noqa: B018
+
+
+# --- Conditions --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conditional(mixture):
+    """The mixture, moved by what each sample's seed says: its condition."""
+
+    def make(**settings):
+        setup = mixture(**settings)
+
+        def denoiser(x, t, shift):
+            assert len(shift) == len(x)
+            return setup.denoiser(x - shift, t) + shift
+
+        denoiser.schedule = setup.schedule
+        return replace(
+            setup,
+            denoiser=denoiser,
+            condition=lambda seeds: torch.tensor([[s % 7 - 3.0, s % 5] for s in seeds]).double(),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_seed_has_the_same_sample_whatever_its_batch(conditional, size):
+    setup, seeds = conditional(sample_batch_size=size), range(3, 12)
+    grid = time_logsnr(setup.schedule, 4)
+    x_0 = torch.cat(list(s4s.generate(Solver(ipndm(grid, 3), grid), setup, seeds)))
+    for seed, x in zip(seeds, x_0, strict=True):
+        alone = Solver(ipndm(grid, 3), grid).sample(
+            setup.denoiser_for([seed]), initial_noise(setup, [seed])
+        )
+        torch.testing.assert_close(x, alone[0], rtol=1e-12, atol=1e-12)
+    unmoved = replace(setup, condition=lambda seeds: torch.zeros(len(seeds), 2).double())
+    assert not torch.allclose(torch.cat(list(s4s.generate(setup.teacher, unmoved, seeds))), x_0)
+
+
+@every_algorithm
+@pytest.mark.parametrize("settings", [{}, {"accept_if_better": True, "rematerialize": True}])
+def test_every_pair_is_learned_with_its_own_condition(conditional, learn, settings):
+    """A solver as good as the teacher has no loss, only if each sample meets its condition."""
+    setup = conditional(**settings, teacher_nfe=6, gamma=0.0)
+    teacher = make_teacher_set(setup)
+    start = setup.teacher
+    first, *_, last = learn(start, setup, teacher, lr_phi=1e-6, lr_xi=1e-6, lr_xi_c=0.0)
+    assert first.train_loss < 1e-20 and first.valid_loss < 1e-20
+    assert last.train_loss < 1e-6
+    mixed = replace(teacher, seeds=teacher.seeds + 1)
+    assert next(learn(start, setup, mixed)).valid_loss > 0.1
+
+
+def test_conditions_need_the_seeds_of_the_pairs(conditional, one_sentence):
+    setup = conditional()
+    teacher = replace(make_teacher_set(setup), seeds=None)
+    with one_sentence("mixture", "seeds", "make_teacher_set"):
+        next(learn_coefficients(setup.teacher, setup, teacher))
+
+
+# --- Latents -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def latent(mixture):
+    """The mixture as if its points were latents of three numbers that are looked at."""
+
+    def make(**settings):
+        torch.manual_seed(0)
+        decoder = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh())
+        return replace(mixture(**settings), decode=decoder.double().requires_grad_(False))
+
+    return make
+
+
+@every_algorithm
+def test_what_is_learned_is_the_distance_of_decoded_samples(latent, learn):
+    setup = latent(epochs=4)
+    teacher, grid = make_teacher_set(setup), time_logsnr(setup.schedule, 4)
+    first, *_, last = learn(Solver(ipndm(grid, 3), grid), setup, teacher)
+    assert last.best is not first.solver
+
+    def images(solver):
+        return setup.decode(solver.sample(setup.denoiser, teacher.valid[0]))
+
+    for solver, loss in ((first.solver, first.valid_loss), (last.solver, last.valid_loss)):
+        expected = (images(solver) - setup.decode(teacher.valid[1])).square().mean()
+        assert loss == pytest.approx(expected.item())
+
+
+@every_algorithm
+def test_decoding_again_in_the_backward_pass_changes_nothing(latent, learn):
+    results = []
+    for rematerialize in (False, True):
+        setup = latent(rematerialize=rematerialize)
+        teacher, grid = make_teacher_set(setup), time_logsnr(setup.schedule, 4)
+        *_, last = learn(Solver(ipndm(grid, 3), grid), setup, teacher)
+        results.append((last.train_loss, last.valid_loss, last.solver.to_dict()))
+    assert results[0] == results[1]

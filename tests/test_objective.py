@@ -11,6 +11,7 @@ import torch
 from s4s_core import (
     EDM,
     Coefficients,
+    decoded_distance,
     feature_distance,
     ipndm,
     l2,
@@ -107,6 +108,43 @@ def test_gradients_of_the_relaxed_loss_equal_finite_differences(mixture):
 
     inputs = (b, x_T.clone().requires_grad_())
     assert torch.autograd.gradcheck(loss, inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
+
+
+# --- Latents -----------------------------------------------------------------------------------
+
+
+def decoder():
+    """A small decoder of the plane's points."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
+    return net.double().requires_grad_(False)
+
+
+def test_distance_of_latents_is_that_of_their_images(noise):
+    x, target, decode = noise(0, 4, 2), noise(1, 4, 2), decoder()
+    distance = decoded_distance(l2, decode)
+    assert torch.equal(distance(x, target), l2(decode(x), decode(target)))
+    assert distance(x, x).tolist() == [0] * 4
+
+
+def test_gradients_reach_the_table_through_the_decoder(mixture):
+    setup = mixture()
+    x_T, x_0 = (x[:3] for x in make_teacher_set(setup).train)
+    grid, distance = time_edm(EDM(), 4), decoded_distance(l2, decoder())
+    b = ipndm(grid, 3).b.requires_grad_()
+    mask = torch.ones_like(b).tril()
+
+    def loss(b, x):
+        return relaxed_loss(setup.denoiser, Coefficients(mask * b), grid, x, x_0, distance)
+
+    inputs = (b, x_T.clone().requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
+
+
+def test_the_target_gets_no_gradient(noise):
+    x, target = (noise(seed, 4, 2).requires_grad_() for seed in (0, 1))
+    decoded_distance(l2, decoder())(x, target).sum().backward()
+    assert x.grad.abs().min() > 0 and target.grad is None
 
 
 # --- Perceptual distances ----------------------------------------------------------------------

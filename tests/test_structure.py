@@ -41,6 +41,7 @@ LIMITS = {
 }
 ALWAYS = {"torch", "numpy", "safetensors", "yaml", "tqdm", "sklearn", "matplotlib"}
 WHERE_USED = ALWAYS | {"torchvision", "lpips", "torch_fidelity", "diffusers", "scipy"}
+WHERE_USED |= {"transformers"}
 WHERE_USED |= {"PIL", "filelock"}  # matplotlib and torch bring them
 
 
@@ -89,7 +90,7 @@ def test_networks_know_torch_only():
     for path in sorted((CORE / "networks").glob("*.py")):
         for name, at_top in imports(path):
             package = name.split(".")[0]
-            allowed = known if at_top else known | {"sklearn"}
+            allowed = known if at_top else known | {"sklearn", "diffusers", "transformers"}
             assert package in allowed | sys.stdlib_module_names, f"{path.name} imports {name}"
 
 

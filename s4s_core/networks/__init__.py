@@ -2,6 +2,7 @@
 
 from .classifier import Classifier
 from .io import load_network, read_metadata, save_network
+from .latent import LatentModel, load_imagenet, load_lsun, load_stable_diffusion
 from .pickles import convert_edm, load_edm, read_persistent
 from .song_unet import EDMDenoiser, SongUNet
 from .training import (
@@ -14,7 +15,8 @@ from .training import (
 from .unet import EDMPrecond, UNet
 
 __all__ = [
-    "Classifier", "EDMDenoiser", "EDMPrecond", "Record", "SongUNet", "UNet", "convert_edm",
-    "digits_data", "held_out_split", "load_edm", "load_network", "read_metadata",
-    "read_persistent", "save_network", "train_classifier", "train_denoiser",
+    "Classifier", "EDMDenoiser", "EDMPrecond", "LatentModel", "Record", "SongUNet", "UNet",
+    "convert_edm", "digits_data", "held_out_split", "load_edm", "load_imagenet", "load_lsun",
+    "load_network", "load_stable_diffusion", "read_metadata", "read_persistent", "save_network",
+    "train_classifier", "train_denoiser",
 ]  # fmt: skip

@@ -1,0 +1,239 @@
+"""Latent diffusion: the U-Nets, decoders and conditions of three published models.
+
+The checkpoints are the authors' own; the networks are those of diffusers and transformers, with
+the authors' names translated. Architectures: Rombach et al. 2022, Tables 12 to 15, and the
+configurations published beside each checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..base import UsageError
+from .checkpoint import averaged, fill, fill_decoder, fill_unet, open_checkpoint, under
+
+
+@dataclass(frozen=True)
+class LatentModel:
+    """What a Setup needs of a model of latents x (B, C, H, W).
+
+    network    (x, t (B,) in (0, 1], condition if there is one) -> eps, like x
+    decode     x -> images (B, 3, H', W') in about [-1, 1], in the dtype of x; differentiable
+    condition  seeds -> (B, length, width), what each sample's class or caption is to the network;
+               None: the model is unconditional
+    """
+
+    network: Callable[..., Tensor]
+    decode: Callable[[Tensor], Tensor]
+    condition: Callable[[Sequence[int]], Tensor] | None = None
+
+
+LSUN = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (224, 448, 672, 896),
+    "down_block_types": ("DownBlock2D", *["AttnDownBlock2D"] * 3),
+    "up_block_types": (*["AttnUpBlock2D"] * 3, "UpBlock2D"),
+    "attention_head_dim": 32,
+}
+IMAGENET = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (192, 384, 576, 960),
+    "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
+    "up_block_types": (*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
+    "attention_head_dim": 1,  # this class's name for the number of heads
+    "cross_attention_dim": 512,
+}
+STABLE_DIFFUSION = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    "attention_head_dim": 8,  # heads, as above
+    "cross_attention_dim": 768,
+}
+VQ_F4 = {
+    "block_out_channels": (128, 256, 512),
+    "latent_channels": 3,
+    "num_vq_embeddings": 8192,
+}
+KL_F8 = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 4}
+CLIP = {
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+IMAGENET_CLASSES = 1000  # the embedding after the last is that of no class
+KL_SCALE = 0.18215  # the latents' standard deviation is 1 / KL_SCALE (Rombach et al. 2022, App. G)
+
+
+def load_lsun(path, first_stage, device="cpu") -> LatentModel:
+    """LSUN-Bedroom at 256x256, x (B, 3, 64, 64), on the schedule VPDiscrete.ldm().
+
+    `path` is lsun_bedrooms.zip, `first_stage` vq-f4.zip, or the model.ckpt in either. Raises
+    UsageError for any other file, and where averages of the U-Net's weights are missing.
+    """
+    with _extra():
+        from diffusers import UNet2DModel
+    with open_checkpoint(path) as weights:
+        unet = fill_unet(UNet2DModel(**LSUN), averaged(weights, path, required=True), path)
+    with open_checkpoint(first_stage) as weights:
+        decoder = _decoder("VQModel", VQ_F4, weights, first_stage)
+    return LatentModel(_network(unet.to(device)), _decode(decoder.to(device)))
+
+
+def load_imagenet(path, device="cpu", guidance: float = 2.0) -> LatentModel:
+    """ImageNet at 256x256 by class, x (B, 3, 64, 64), on VPDiscrete.ldm(); cin256-v2's model.ckpt.
+
+    Each thousand seeds from a multiple of it holds every class once. Raises UsageError for any
+    other file.
+    """
+    with _extra():
+        from diffusers import UNet2DConditionModel
+    with open_checkpoint(path) as weights:
+        unet = UNet2DConditionModel(**IMAGENET)
+        unet = fill_unet(unet, averaged(weights, path, required=False), path).to(device)
+        decoder = _decoder("VQModel", VQ_F4, under("first_stage_model.", weights), path)
+        embedding = nn.Embedding(IMAGENET_CLASSES + 1, IMAGENET["cross_attention_dim"])
+        table = under("cond_stage_model.embedding.", weights)
+        embedding = fill(embedding, table, lambda name: name, path).to(device)
+
+    def condition(seeds: Sequence[int]) -> Tensor:
+        # 617 shares no factor with 1000, and spreads a few seeds over all classes.
+        labels = torch.tensor([617 * seed % IMAGENET_CLASSES for seed in seeds], device=device)
+        return embedding(labels)[:, None]
+
+    return LatentModel(
+        guided(_network(unet), embedding.weight[None, -1:], guidance),
+        _decode(decoder.to(device)),
+        condition,
+    )
+
+
+def load_stable_diffusion(
+    path, vocabulary, merges, captions, device="cpu", guidance: float = 7.5
+) -> LatentModel:
+    """Stable Diffusion v1 at 512x512, x (B, 4, 64, 64), on VPDiscrete(); sd-v1-4.ckpt.
+
+    `vocabulary` and `merges` are the tokenizer's files (vocab.json and merges.txt of CLIP
+    ViT-L/14), `captions` a text file: seed n has the caption in line n, and from the first again
+    after the last. Raises UsageError for any other file.
+    """
+    with _extra():
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+    lines, tokenize = _captions(captions), _tokenizer(vocabulary, merges)
+    with open_checkpoint(path) as weights:
+        unet = UNet2DConditionModel(**STABLE_DIFFUSION)
+        unet = fill_unet(unet, averaged(weights, path, required=False), path).to(device)
+        decoder = _decoder("AutoencoderKL", KL_F8, under("first_stage_model.", weights), path)
+        table = under("cond_stage_model.transformer.text_model.", weights)
+        table.pop("embeddings.position_ids", None)  # 0, 1, .., 76
+        text = CLIPTextModel(CLIPTextConfig(**CLIP))
+        text = fill(text, table, lambda name: name.removeprefix("text_model."), path).to(device)
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        return text(tokenize(texts).to(device)).last_hidden_state
+
+    def condition(seeds: Sequence[int]) -> Tensor:
+        return encode([lines[seed % len(lines)] for seed in seeds])
+
+    return LatentModel(
+        guided(_network(unet), encode([""]), guidance),
+        _decode(decoder.to(device), KL_SCALE),
+        condition,
+    )
+
+
+def guided(network: Callable[..., Tensor], null: Tensor, scale: float) -> Callable[..., Tensor]:
+    """Classifier-free guidance: eps(null) + scale (eps(c) - eps(null)) (Ho & Salimans 2022).
+
+    One call of 2B samples; of B, without `null` (1, length, width), where the scale is 1.
+    """
+    if scale == 1:
+        return network
+
+    def predict(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        both = torch.cat([null.expand_as(c), c])
+        without, given = network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return without + scale * (given - without)
+
+    return predict
+
+
+def _network(unet: nn.Module) -> Callable[..., Tensor]:
+    """eps(x, t[, condition]); the U-Net's own time is n = 1000 t - 1, not rounded."""
+
+    def predict(x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        return unet(x.to(unet.dtype), 1000 * t - 1, *condition).sample.to(x.dtype)
+
+    return predict
+
+
+def _decode(vae: nn.Module, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+    # A VQ model quantises first, and passes the gradient on as if it did not.
+    return lambda x: vae.decode(x.to(vae.dtype) / scale).sample.to(x.dtype)
+
+
+def _captions(path) -> list[str]:
+    try:
+        lines = [s for line in Path(path).read_text("utf-8").splitlines() if (s := line.strip())]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no readable text file of captions ({error})") from None
+    if not lines:
+        raise UsageError(f"{path} has no captions: give a text file with one in each line")
+    return lines
+
+
+def _tokenizer(vocabulary, merges) -> Callable[[list[str]], Tensor]:
+    """Texts -> (B, length) tokens, cut or padded to the length that the text encoder has."""
+    with _extra():
+        from transformers import CLIPTokenizer
+    try:
+        tokenizer = CLIPTokenizer(str(vocabulary), str(merges))
+        valid = len(tokenizer) == CLIP["vocab_size"]
+    except Exception:  # whatever it makes of a missing or foreign file
+        valid = False
+    if not valid:
+        raise UsageError(
+            f"{vocabulary} and {merges} are not the {CLIP['vocab_size']} tokens of CLIP ViT-L/14: "
+            "take its vocab.json and merges.txt"
+        )
+    length = CLIP["max_position_embeddings"]
+    options = {"padding": "max_length", "truncation": True, "max_length": length}
+    return lambda texts: tokenizer(texts, return_tensors="pt", **options).input_ids
+
+
+def _decoder(name: str, config: dict, weights: dict[str, Tensor], path) -> nn.Module:
+    """The autoencoder that diffusers calls `name`, for decoding only."""
+    with _extra():
+        import diffusers
+    levels = len(config["block_out_channels"])
+    vae = getattr(diffusers, name)(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=2,
+        **config,
+    )
+    return fill_decoder(vae, weights, path)
+
+
+@contextmanager
+def _extra():
+    """Around the imports of the `latent` extra."""
+    try:
+        yield
+    except ImportError:
+        raise UsageError(
+            "latent diffusion needs two more packages: pip install diffusers transformers"
+        ) from None
