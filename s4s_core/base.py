@@ -1,6 +1,7 @@
 """What every other module stands on: errors told in one sentence, and files written whole."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def write_atomically(path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def halved(size: int, what: str) -> int:
+    """Half of a batch size that does not fit into memory, with one line of warning.
+
+    Raises UsageError where a single sample does not fit.
+    """
+    if size <= 1:
+        raise UsageError(f"{what}: not even one sample fits into memory; set rematerialize to true")
+    half = size // 2
+    print(f"{what}: a batch of {size} does not fit into memory, trying {half}", file=sys.stderr)
+    return half
 
 
 def progress(iterable=None, **options):

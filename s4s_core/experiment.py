@@ -31,8 +31,8 @@ from . import __version__, zoo
 from .base import UsageError, one_of, progress, write_atomically
 from .dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from .evaluate import feature_sums, frechet_distance
-from .grid import GRIDS, TimeGrid
-from .grid_search import ays, dmn, gits
+from .grid import TimeGrid
+from .grid_search import PUBLISHED, dmn, gits_over
 from .learn import (
     LearningDiverged,
     learn_alternating,
@@ -81,13 +81,14 @@ def _dmn(setup: zoo.Setup, nfe: int) -> TimeGrid:
 
 def _gits(setup: zoo.Setup, nfe: int) -> TimeGrid:
     first = SEEDS_PER_SET * (SEED_LIMIT + 1)  # noise above every teacher set's and evaluation's
-    x_T = initial_noise(setup, range(first, first + 256))  # as many as Chen et al. (2024) use
-    return gits(setup.denoiser, x_T, setup.schedule, nfe)
+    seeds = range(first, first + 256)  # as many as Chen et al. (2024) use
+    size = setup.params.sample_batch_size
+    parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+    batches = [(setup.denoiser_for(part), initial_noise(setup, part)) for part in parts]
+    return gits_over(batches, setup.schedule, nfe)
 
 
-# By name: the grids that a schedule and nfe suffice for, and those searched once for a model,
-# which depend on neither solver nor seed. "ld3" depends on both.
-PUBLISHED = {**GRIDS, "ays_sd15": ays, "ays_sdxl": partial(ays, model="sdxl")}
+# Searched once for a model: they depend on neither solver nor seed. "ld3" depends on both.
 SEARCHED = {"dmn": _dmn, "gits": _gits}
 GRID_NAMES = [*PUBLISHED, *SEARCHED, "ld3"]
 

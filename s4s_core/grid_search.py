@@ -1,12 +1,13 @@
 """Searched time grids: found once for a model or its noise schedule, before any solver is."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from .base import UsageError, one_of, progress
-from .grid import TimeGrid, _grid, time_edm, time_uniform
+from .grid import GRIDS, TimeGrid, _grid, time_edm, time_uniform
 from .schedule import NoiseSchedule, VPDiscrete
 from .solver import exponential_adams, ipndm, trajectory
 
@@ -121,7 +122,6 @@ def jump_costs(denoiser, x_T: Tensor, grid: TimeGrid) -> Tensor:
     return torch.cat([cost, torch.zeros_like(cost[:1])]).cpu()
 
 
-@torch.no_grad()
 def gits(
     denoiser,
     x_T: Tensor,
@@ -138,22 +138,57 @@ def gits(
     256 samples and a coefficient of 1.15 (1.20 for Stable Diffusion); above 1 it favours small
     costs late. Raises UsageError if nfe is larger than `points`.
     """
+    batches = [(denoiser, batch) for batch in x_T.split(batch_size)]
+    return gits_over(batches, schedule, nfe, points, coefficient)
+
+
+@torch.no_grad()
+def gits_over(
+    batches, schedule: NoiseSchedule, nfe: int, points: int = 60, coefficient: float = 1.15
+) -> TimeGrid:
+    """`gits` over a list of (denoiser, x_T), where each batch has a denoiser of its own."""
     if nfe > points:
         raise UsageError(f"GITS chooses among {points} steps, so nfe cannot be {nfe}: lower it")
     grid = (time_uniform if isinstance(schedule, VPDiscrete) else time_edm)(schedule, points)
     cost = torch.zeros(points + 1, points + 1, dtype=torch.float64)
-    for batch in progress(x_T.split(batch_size), desc="gits"):
-        cost += jump_costs(denoiser, batch, grid) * (len(batch) / len(x_T))
+    for denoiser, x_T in progress(batches, desc="gits"):
+        cost += jump_costs(denoiser, x_T, grid) * len(x_T)
+    cost /= sum(len(x_T) for _, x_T in batches)
     return TimeGrid(schedule, grid.t[cheapest_path(cost, nfe, coefficient)])
 
 
-# --- AYS: published lists ---------------------------------------------------------------------
+# --- Published lists ---------------------------------------------------------------------
 
 # Noise levels sigma / alpha between the models' own first and last (Sabour et al. 2024).
 _AYS = {
     "sd15": [6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152],
     "sdxl": [6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.38, 0.234, 0.113],
 }
+
+
+# GITS for Stable Diffusion 1.5 at guidance 7.5, as Tong et al. (2024) list it in their code.
+_GITS_SD15 = {
+    3: [14.6146, 1.7083, 0.532, 0.0292],
+    4: [14.6146, 3.1131, 1.0421, 0.3811, 0.0292],
+    5: [14.6146, 4.39, 1.5286, 0.6526, 0.2667, 0.0292],
+    6: [14.6146, 4.7242, 1.9132, 0.9324, 0.4557, 0.1801, 0.0292],
+    8: [14.6146, 6.4477, 2.7391, 1.4467, 0.8319, 0.4936, 0.2667, 0.1258, 0.0292],
+    10: [14.6146, 5.9489, 3.3251, 2.0267, 1.2969, 0.8319, 0.5712, 0.3811, 0.2255, 0.1258, 0.0292],
+}
+
+
+def gits_sd15(schedule: NoiseSchedule, nfe: int) -> TimeGrid:
+    """GITS's grid for iPNDM on Stable Diffusion, already found: no search, and no model needed.
+
+    UsageError for another schedule, or a number of calls that has no list.
+    """
+    if schedule != VPDiscrete() or nfe not in _GITS_SD15:
+        raise UsageError(
+            f"GITS is listed for {VPDiscrete()} and nfe {', '.join(map(str, _GITS_SD15))}, not for "
+            f"{schedule} and nfe {nfe}: search it with gits"
+        )
+    levels = torch.tensor(_GITS_SD15[nfe], dtype=torch.float64)
+    return _grid(schedule, nfe, lambda _: schedule.t_of_s(levels))
 
 
 def ays(schedule: NoiseSchedule, nfe: int, model: str = "sd15") -> TimeGrid:
@@ -177,3 +212,12 @@ def ays(schedule: NoiseSchedule, nfe: int, model: str = "sd15") -> TimeGrid:
         return schedule.t_of_lam(knots[left] + (position - left) * knots.diff()[left])
 
     return _grid(schedule, nfe, times)
+
+
+# Grids that need no more than a noise schedule and nfe.
+PUBLISHED = {
+    **GRIDS,
+    "ays_sd15": partial(ays, model="sd15"),
+    "ays_sdxl": partial(ays, model="sdxl"),
+    "gits_sd15": gits_sd15,
+}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import UsageError, progress
+from .base import UsageError, halved, progress
 from .grid import LearnedGrid, TimeGrid
 from .model import rematerialized
 from .objective import (
@@ -277,9 +277,10 @@ def _learn(
     r = radius(params.gamma, math.prod(setup.shape), m) * sigma_T
     # A rate for x'_T in unit noise is sigma_T^2 times as much in the units of x.
     lr_x = params.lr_x / solver.nfe * sigma_T**2
-    x_T, x_0 = (x.to(device) for x in teacher.train)
-    x_relaxed = x_T.clone()  # x'_T, kept from epoch to epoch and from phase to phase (Alg. 2)
+    x_T, x_0 = teacher.x_T.to(device), teacher.x_0.to(device)
+    x_relaxed = x_T[: teacher.n_train].clone()  # x'_T, kept from phase to phase (Alg. 2)
     generator = torch.Generator().manual_seed(seed)
+    sizes = {"learning": params.batch_size, "validation": params.sample_batch_size}
 
     def denoiser_of(pairs: Tensor):
         """D(x, t) for the pairs of these indices in the teacher set."""
@@ -287,42 +288,51 @@ def _learn(
         denoiser = setup.denoiser_for(seeds)
         return rematerialized(denoiser) if params.rematerialize else denoiser
 
-    @torch.no_grad()
+    def distances(what: str, x: Tensor, pairs: Tensor, learns: bool = False) -> Tensor:
+        """Distances of the student's samples from x (B, ...) to the targets of these pairs.
+
+        Where it learns, the gradients of their mean are left behind. In parts, ever smaller where
+        memory does not suffice.
+        """
+        while True:
+            parts, found = zip(x.split(sizes[what]), pairs.split(sizes[what]), strict=True), []
+            try:
+                for start, part in parts:
+                    with torch.set_grad_enabled(learns):
+                        now = student.coefficients(), student.times()
+                        loss = relaxed_loss(denoiser_of(part), *now, start, x_0[part], distance)
+                    if learns:
+                        (loss.sum() / len(pairs)).backward()
+                    found.append(loss.detach())
+                return torch.cat(found)
+            except torch.OutOfMemoryError:
+                sizes[what] = halved(min(sizes[what], len(pairs)), what)
+                for parameter in (x, *sum(student.blocks().values(), [])):
+                    parameter.grad = None
+
     def mean_loss(pairs: Tensor) -> float:
-        now, losses = student.solver(), []
-        for batch in pairs.split(params.sample_batch_size):
-            x, target = (x[batch].to(device) for x in (teacher.x_T, teacher.x_0))
-            denoiser = denoiser_of(batch)
-            losses.append(relaxed_loss(denoiser, now.coefficients, now.grid, x, target, distance))
-        return torch.cat(losses).mean().item()
+        return distances("validation", x_T[pairs], pairs).mean().item()
 
     def step(batch: Tensor, active: list[str]) -> tuple[Tensor, Tensor]:
         """One gradient step of the active blocks and of the batch's x'_T; losses, and who moved."""
-        start, denoiser = x_relaxed[batch].requires_grad_(r > 0), denoiser_of(batch)
-        loss = relaxed_loss(
-            denoiser, student.coefficients(), student.times(), start, x_0[batch], distance
-        )
-        loss.mean().backward()
+        start = x_relaxed[batch].requires_grad_(r > 0)
+        loss = distances("learning", start, batch, learns=True)
         for block in active:
             norm = torch.nn.utils.clip_grad_norm_(student.blocks()[block], params.grad_clip)
             if not (norm.isfinite() and loss.isfinite().all()):
                 raise LearningDiverged(_diverged(phase), best)
             optimisers[block].step()
         if r == 0:
-            return loss.detach(), torch.zeros(len(batch))
+            return loss, torch.zeros(len(batch))
         with torch.no_grad():
             # The gradient of the batch's sum, so that its size does not change a sample's step.
             moved = start - lr_x * len(batch) * start.grad
             moved = project_to_ball(moved, x_T[batch], r)
             if params.accept_if_better:
-                now = student.solver()
-                again = relaxed_loss(
-                    denoiser, now.coefficients, now.grid, moved, x_0[batch], distance
-                )
-                better = (again < loss).view(-1, *[1] * (moved.ndim - 1))
-                moved = torch.where(better, moved, start)
+                better = distances("learning", moved, batch) < loss
+                moved = torch.where(better.view(-1, *[1] * (moved.ndim - 1)), moved, start)
             x_relaxed[batch] = moved
-            return loss.detach(), (moved != start).flatten(1).any(1).double().cpu()
+            return loss, (moved != start).flatten(1).any(1).double().cpu()
 
     train, valid = torch.arange(len(teacher.x_T)).tensor_split([teacher.n_train])
     best_loss = mean_loss(valid)
@@ -331,7 +341,7 @@ def _learn(
         raise LearningDiverged(_diverged("start"), best)
     yield Epoch(0, "start", mean_loss(train), best_loss, 0.0, best, best)
 
-    index, steps = 0, math.ceil(len(x_T) / params.batch_size)
+    index, steps = 0, math.ceil(len(train) / params.batch_size)
     with progress(total=steps * sum(epochs for _, epochs in phases), desc="learning") as bar:
         for number, (phase, epochs) in enumerate(phases):
             active = _BLOCKS[phase]
@@ -340,7 +350,7 @@ def _learn(
             peak = params.peak_decay ** (number // 2)
             for epoch in range(epochs):
                 index, losses, moves = index + 1, [], []
-                order = torch.randperm(len(x_T), generator=generator).split(params.batch_size)
+                order = torch.randperm(len(train), generator=generator).split(params.batch_size)
                 try:
                     for i, batch in enumerate(order):
                         done = (epoch + i / steps) / epochs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import UsageError, progress
+from .base import UsageError, halved, progress
 from .solver import Solver
 
 # Evaluation uses seeds from 0; every teacher set draws from its own million above them.
@@ -29,11 +29,23 @@ def initial_noise(setup, seeds: Iterable[int]) -> Tensor:
 
 
 def generate(solver: Solver, setup, seeds: Iterable[int], label: str = "sampling"):
-    """Yield batches of samples (B, *setup.shape) in the order of the seeds, with a progress bar."""
+    """Yield batches of samples (B, *setup.shape) in the order of the seeds, with a progress bar.
+
+    A batch that does not fit into memory is halved, and so are those after it: a sample does not
+    depend on its batch.
+    """
     seeds, size = list(seeds), setup.params.sample_batch_size
-    batches = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-    for batch in progress(batches, desc=label):
-        yield solver.sample(setup.denoiser_for(batch), initial_noise(setup, batch))
+    with progress(total=len(seeds), desc=label) as bar:
+        while seeds:
+            batch = seeds[:size]
+            try:
+                x_0 = solver.sample(setup.denoiser_for(batch), initial_noise(setup, batch))
+            except torch.OutOfMemoryError:
+                size = halved(len(batch), label)
+                continue
+            yield x_0
+            seeds = seeds[size:]
+            bar.update(len(batch))
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,23 @@ from .evaluate import (
     inception_weights,
     read_reference,
 )
-from .grid import GRIDS, VARIABLES
-from .model import Denoiser, GaussianMixture, conditioned, from_denoiser
-from .networks import digits_data, load_edm, load_network
+from .grid import VARIABLES
+from .grid_search import PUBLISHED
+from .model import (
+    Denoiser,
+    GaussianMixture,
+    conditioned,
+    from_denoiser,
+    from_noise_prediction,
+)
+from .networks import (
+    digits_data,
+    load_edm,
+    load_imagenet,
+    load_lsun,
+    load_network,
+    load_stable_diffusion,
+)
 from .objective import SMALLEST_SIDE
 from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear
 from .solver import SOLVERS, Solver, count_steps
@@ -54,6 +68,7 @@ class Params:
     checkpoint: str = ""
     url: str = ""
     sha256: str = ""
+    files: list = ()
     guidance: float = 1.0
     teacher_solver: str = "unipc"
     teacher_order: int = 3
@@ -106,6 +121,8 @@ class Params:
                 raise UsageError(_wrong_type(f.name, f.type, value))
         for key, allowed in _CHOICES.items():
             one_of(key, getattr(self, key), allowed)
+        if not all(type(place) is str for place in self.files):
+            raise UsageError(f"files must list addresses or paths, not {self.files}")
         for key in ("shape", "nfes"):
             if not all(type(n) is int and n > 0 for n in getattr(self, key)):
                 raise UsageError(f"{key} must list whole numbers above 0, not {getattr(self, key)}")
@@ -124,13 +141,13 @@ class Params:
 _CHOICES = {
     "schedule": NAMED_SCHEDULES,
     "teacher_solver": SOLVERS,
-    "teacher_grid": GRIDS,
+    "teacher_grid": PUBLISHED,
     "unipc_variant": ("bh1", "bh2"),
     "first_phase": ("phi", "xi"),
     "distance": ("l2", "psnr", "lpips", "features"),
     "lpips_net": SMALLEST_SIDE,
     "grid_variable": VARIABLES,
-    "ld3_start": GRIDS,
+    "ld3_start": PUBLISHED,
 }
 _MAY_BE_ZERO = {"states", "gamma", "lr_x", "lr_xi_c", "lpips_resize", "offset_fraction"}
 
@@ -217,7 +234,7 @@ class Setup:
         """The accurate solver that `params` name (Psi* of Alg. 1)."""
         p = self.params
         steps = count_steps(p.teacher_solver, p.teacher_order, p.teacher_nfe)
-        grid = GRIDS[p.teacher_grid](self.schedule, steps)
+        grid = PUBLISHED[p.teacher_grid](self.schedule, steps)
         return Solver(published(p.teacher_solver, grid, p.teacher_order, p), grid)
 
     @cached_property
@@ -315,6 +332,37 @@ def _checkpoint(params: Params) -> Path:
     return converted if converted.is_file() else fetch(params.url, params.sha256)
 
 
+def _latent(name: str, load_model: Callable, params: Params, device: str) -> Setup:
+    """A model of latents; `load_model` makes a LatentModel of the files, in the order of params."""
+    places = [(params.url, params.sha256), *((place, "") for place in params.files)]
+    files = [_file(place, f"{name}_{place.rpartition('/')[2]}", sha) for place, sha in places]
+    options = {} if params.guidance == 1 else {"guidance": params.guidance}
+    model, schedule = load_model(*files, device, **options), NAMED_SCHEDULES[params.schedule]
+    return Setup(
+        name,
+        from_noise_prediction(model.network, schedule),
+        schedule,
+        tuple(params.shape),
+        params,
+        device=device,
+        condition=model.condition,
+        decode=model.decode,
+        **_judged_by_inception(params, device, {path.name: file_sha256(path) for path in files}),
+    )
+
+
+def _file(place: str, name: str, sha256: str = "") -> Path:
+    """The file of an address, kept as `name`, or of a path, which may begin in home()."""
+    if "://" in place:
+        return fetch(place, sha256, name)
+    path = home() / place
+    if not path.exists():
+        raise UsageError(
+            f"{path} is missing, and there is no address to have it from: put it there"
+        )
+    return path
+
+
 def _judged_by_inception(params: Params, device: str, weights: dict[str, str]) -> dict:
     """The entries of a Setup whose distance is the FID; files are read when it is measured."""
 
@@ -324,7 +372,7 @@ def _judged_by_inception(params: Params, device: str, weights: dict[str, str]) -
 
     def reference() -> FeatureSums | FeatureStatistics:
         place = params.fid_reference
-        return read_reference(fetch(place) if "://" in place else place, network())
+        return read_reference(_file(place, place.rpartition("/")[2]), network())
 
     there = inception_weights()
     sha256 = file_sha256(there) if there else INCEPTION_SHA256
@@ -333,12 +381,18 @@ def _judged_by_inception(params: Params, device: str, weights: dict[str, str]) -
         "features": lambda x: network()(x),
         "features_name": "Inception, FID" if official else "Inception of other weights, not FID",
         "data": reference,
-        "weights": {**weights, "inception": sha256, "fid_reference": params.fid_reference},
+        "weights": {**weights, "inception": sha256},
     }
 
 
+_LATENT_MODELS = {
+    "lsun_bedroom": load_lsun,
+    "imagenet": load_imagenet,
+    "ms_coco": load_stable_diffusion,
+}
 _BUILDERS = {
     "mixture": _mixture,
     "digits": _digits,
     **{name: partial(_edm, name) for name in ("cifar10", "ffhq", "afhqv2")},
+    **{name: partial(_latent, name, load_model) for name, load_model in _LATENT_MODELS.items()},
 }

@@ -25,22 +25,27 @@ TIME = torch.tensor([0.3004, 0.9], dtype=torch.float64)
 TOKENS = [*"acdgot", *(f"{c}</w>" for c in "acdgot"), "<|startoftext|>", "<|endoftext|>"]
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
+def tiny_configurations() -> dict[str, dict]:
     """The three models with the same blocks, and far fewer channels in each."""
     unet = {"block_out_channels": WIDTHS, "norm_num_groups": 4}
     vae = {"block_out_channels": (4, 8), "norm_num_groups": 4}
     text = {"vocab_size": len(TOKENS), "max_position_embeddings": 5, "hidden_size": 12}
     text |= {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    for name, config in {
+    smaller = {
         "LSUN": {**unet, "attention_head_dim": 4},
         "IMAGENET": {**unet, "cross_attention_dim": 6},
         "STABLE_DIFFUSION": {**unet, "cross_attention_dim": 12, "attention_head_dim": 2},
         "VQ_F4": {**vae, "num_vq_embeddings": 20},
         "KL_F8": vae,
         "CLIP": {**text, "bos_token_id": len(TOKENS) - 2, "eos_token_id": len(TOKENS) - 1},
-    }.items():
-        monkeypatch.setattr(latent, name, {**getattr(latent, name), **config})
+    }
+    return {name: {**getattr(latent, name), **config} for name, config in smaller.items()}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    for name, config in tiny_configurations().items():
+        monkeypatch.setattr(latent, name, config)
 
 
 # --- The authors' layout, in the order of their constructors -----------------------------------
@@ -176,41 +181,56 @@ def save(path, weights: dict, **beside):
     return path
 
 
-@pytest.fixture
-def lsun(tmp_path):
-    """`lsun()`: the two files, and the layouts that are in them."""
+def write_lsun(folder, names=("lsun.ckpt", "vq.ckpt")):
+    """The two files in `folder`, and the layouts that are in them."""
     torch.manual_seed(0)
     unet, vae = unet_layout(*LSUN_UNET), decoder_layout(3, codes=20)
-    save(tmp_path / "lsun.ckpt", with_average(unet))
-    save(tmp_path / "vq.ckpt", vae)
-    return tmp_path / "lsun.ckpt", tmp_path / "vq.ckpt", unet, vae
+    save(folder / names[0], with_average(unet))
+    save(folder / names[1], vae)
+    return folder / names[0], folder / names[1], unet, vae
 
 
-@pytest.fixture
-def imagenet(tmp_path):
+def write_imagenet(folder, name="cin.ckpt"):
     torch.manual_seed(1)
     unet, vae = unet_layout(*IMAGENET_UNET), decoder_layout(3, codes=20)
     table = {"cond_stage_model.embedding.weight": torch.randn(1001, 6)}
     weights = {**unet.under("model.diffusion_model."), **vae.under("first_stage_model."), **table}
-    return save(tmp_path / "cin.ckpt", weights), unet, vae, table.popitem()[1]
+    return save(folder / name, weights), unet, vae, table.popitem()[1]
 
 
-@pytest.fixture
-def stable_diffusion(tmp_path):
+def write_stable_diffusion(
+    folder, names=("sd.ckpt", "vocab.json", "merges.txt", "captions.txt"),
+    captions="cat\na dog\n\ntac tac\n",
+):  # fmt: skip
     torch.manual_seed(2)
     unet, vae = unet_layout(*STABLE_DIFFUSION_UNET), decoder_layout(4)
-    text = CLIPTextModel(CLIPTextConfig(**latent.CLIP)).eval()
+    text = CLIPTextModel(CLIPTextConfig(**tiny_configurations()["CLIP"])).eval()
     weights = {**unet.under("model.diffusion_model."), **vae.under("first_stage_model.")}
     before = "cond_stage_model.transformer.text_model."
     for name, value in text.state_dict().items():
         weights[before + name.removeprefix("text_model.")] = value
     weights[before + "embeddings.position_ids"] = torch.arange(5)[None]
-    save(tmp_path / "sd.ckpt", weights)
-    (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(TOKENS)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "captions.txt").write_text("cat\na dog\n\ntac tac\n")
-    files = [tmp_path / f for f in ("sd.ckpt", "vocab.json", "merges.txt", "captions.txt")]
+    files = [folder / name for name in names]
+    save(files[0], weights)
+    files[1].write_text(json.dumps({t: i for i, t in enumerate(TOKENS)}))
+    files[2].write_text("#version: 0.2\n")
+    files[3].write_text(captions)
     return files, unet, vae, text
+
+
+@pytest.fixture
+def lsun(tmp_path):
+    return write_lsun(tmp_path)
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    return write_imagenet(tmp_path)
+
+
+@pytest.fixture
+def stable_diffusion(tmp_path):
+    return write_stable_diffusion(tmp_path)
 
 
 def network_of(load, monkeypatch, *arguments):
@@ -307,6 +327,15 @@ def test_classes_and_captions_are_embedded_as_the_file_says(imagenet, stable_dif
         expected = text(torch.tensor([cat, tac, cat])).last_hidden_state
     torch.testing.assert_close(condition([0, 2, 3]), expected)
     assert torch.equal(condition([1]), condition([1_000_000]))  # three captions
+
+
+def test_captions_come_from_a_table_too(stable_diffusion, tmp_path, one_sentence):
+    files, *_ = stable_diffusion
+    (tmp_path / "table.csv").write_text('image_id,text\n7,"a dog, tac"\n8,cat\n')
+    assert latent._captions(tmp_path / "table.csv") == ["a dog, tac", "cat"]
+    (tmp_path / "other.csv").write_text("image_id,words\n7,cat\n")
+    with one_sentence("other.csv", "captions"):
+        load_stable_diffusion(*files[:3], tmp_path / "other.csv")
 
 
 # --- Networks as functions ---------------------------------------------------------------------

@@ -707,3 +707,45 @@ def test_decoding_again_in_the_backward_pass_changes_nothing(latent, learn):
         *_, last = learn(Solver(ipndm(grid, 3), grid), setup, teacher)
         results.append((last.train_loss, last.valid_loss, last.solver.to_dict()))
     assert results[0] == results[1]
+
+
+class Small:
+    """A denoiser on a device that holds `most` samples at a time."""
+
+    def __init__(self, denoiser, most: int):
+        self.denoiser, self.schedule, self.most, self.sizes = denoiser, denoiser.schedule, most, []
+
+    def __call__(self, x, t):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError(f"{len(x)} samples")
+        self.sizes.append(len(x))
+        return self.denoiser(x, t)
+
+
+@every_algorithm
+def test_batches_that_do_not_fit_are_learned_in_parts(problem, capsys, learn):
+    solver, setup, teacher = problem(batch_size=20, batch_size_alt=20, sample_batch_size=20)
+    small = Small(setup.denoiser, 6)
+    found = list(learn(solver, replace(setup, denoiser=small), teacher))[-1]
+    expected = list(learn(solver, setup, teacher))[-1]
+    assert max(small.sizes) == 5  # 20 halved twice
+    assert found.valid_loss == pytest.approx(expected.valid_loss, rel=1e-9)
+    assert found.train_loss == pytest.approx(expected.train_loss, rel=1e-9)
+    told = capsys.readouterr().err
+    assert "learning: a batch of 20 does not fit into memory, trying 10" in told
+
+
+def test_samples_do_not_depend_on_the_memory_there_is(mixture, capsys):
+    setup = mixture(sample_batch_size=50)
+    expected = torch.cat(list(s4s.generate(setup.teacher, setup, range(70))))
+    small = replace(setup, denoiser=Small(setup.denoiser, 15))
+    parts = list(s4s.generate(setup.teacher, small, range(70)))
+    assert [len(x) for x in parts] == [12, 12, 12, 12, 12, 10]
+    torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-13, atol=1e-13)
+    assert "a batch of 50 does not fit into memory, trying 25" in capsys.readouterr().err
+
+
+def test_a_model_too_large_for_one_sample_is_told_in_one_sentence(mixture, one_sentence):
+    setup = mixture()
+    with one_sentence("sampling", "one sample", "rematerialize"):
+        list(s4s.generate(setup.teacher, replace(setup, denoiser=Small(setup.denoiser, 0)), [0]))

@@ -2,11 +2,20 @@
 
 import json
 import os
+import re
+import zipfile
 
 import nbformat
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_latent import (
+    tiny_configurations,
+    write_imagenet,
+    write_lsun,
+    write_stable_diffusion,
+)
 from test_notebooks import papermill
 
 import s4s_core as s4s
@@ -27,6 +36,39 @@ def edm_network(side: int) -> EDMDenoiser:
     )  # fmt: skip
 
 
+LATENT = ["lsun_bedroom", "imagenet", "ms_coco"]
+
+
+def write_latent_models(home):
+    """Small checkpoints in the authors' layout, under the names that the datasets look for."""
+    checkpoints = write_lsun(home)[:2]
+    for checkpoint, name in zip(checkpoints, ("lsun_bedrooms", "vq-f4"), strict=True):
+        with zipfile.ZipFile(home / f"lsun_bedroom_{name}.zip", "w") as archive:
+            archive.write(checkpoint, "model.ckpt")
+        checkpoint.unlink()
+    write_imagenet(home, "imagenet_model.ckpt")
+    names = ["sd-v1-4.ckpt", "vocab.json", "merges.txt", "MS-COCO_val2014_30k_captions.csv"]
+    table = "image_id,text\n1,a dog\n2,cat\n"
+    write_stable_diffusion(home, [f"ms_coco_{name}" for name in names], table)
+    for name in ("VIRTUAL_lsun_bedroom256.npz", "VIRTUAL_imagenet256_labeled.npz"):
+        np.savez(home / name, mu=np.zeros(2048), sigma=np.eye(2048))
+    folder = home / "ms_coco_val2014_30k"
+    folder.mkdir()
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(256, size=(16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+
+
+# Every Python process of the run begins with these lines: the models that fit the checkpoints,
+# and the settings of this repository without the one hash that is known.
+CUSTOMIZE = """
+import pathlib
+import s4s_core.zoo, s4s_core.networks.latent
+s4s_core.zoo.PARAMS = pathlib.Path({params!r})
+vars(s4s_core.networks.latent).update({configurations!r})
+"""
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, inception_file, vgg_home):
     """S4S_HOME and TORCH_HOME with everything that the datasets ask for, of random weights."""
@@ -35,7 +77,16 @@ def folders(tmp_path_factory, inception_file, vgg_home):
     for side, checkpoint, reference in EDM_FILES.values():
         save_network(home / f"{checkpoint}.safetensors", edm_network(side), torch.float32)
         np.savez(home / f"{reference}.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    return {"S4S_HOME": str(home), "TORCH_HOME": str(vgg_home)}
+    write_latent_models(home)
+    params = tmp_path_factory.mktemp("params")
+    for path in s4s.zoo.PARAMS.glob("*.yaml"):
+        (params / path.name).write_text(
+            re.sub("sha256: [0-9a-f]{64}", 'sha256: ""', path.read_text())
+        )
+    start = CUSTOMIZE.format(params=str(params), configurations=tiny_configurations())
+    (params / "sitecustomize.py").write_text(start)
+    places = {"S4S_HOME": home, "TORCH_HOME": vgg_home, "PYTHONPATH": params}
+    return {name: str(folder) for name, folder in places.items()}
 
 
 @pytest.fixture
@@ -51,7 +102,7 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dataset", EDM_FILES)
+@pytest.mark.parametrize("dataset", [*EDM_FILES, *LATENT])
 def test_a_pretrained_model_runs_through_the_order_ablation(tmp_path, folders, dataset):
     done, out = papermill(
         tmp_path, "ablation_order", folders, dataset=dataset, orders="[3]", nfes="[3]",
@@ -84,7 +135,15 @@ def test_a_model_of_another_size_in_its_place_is_refused(tmp_path, monkeypatch, 
         s4s.load("ffhq")
 
 
-@pytest.mark.parametrize("dataset", EDM_FILES)
+def test_a_file_of_another_hash_is_refused(tmp_path, monkeypatch, one_sentence):
+    monkeypatch.setenv("S4S_HOME", str(tmp_path))
+    path = tmp_path / "ms_coco_sd-v1-4.ckpt"
+    path.write_bytes(b"something else")
+    with one_sentence(str(path), s4s.load_params("ms_coco").sha256, s4s.file_sha256(path)):
+        s4s.load("ms_coco")
+
+
+@pytest.mark.parametrize("dataset", [*EDM_FILES, *LATENT])
 def test_without_its_file_a_model_says_where_to_put_it(
     tmp_path, monkeypatch, one_sentence, dataset
 ):
@@ -94,5 +153,6 @@ def test_without_its_file_a_model_says_where_to_put_it(
     monkeypatch.setenv("S4S_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("s4s_core.download.urlopen", offline)
     url = s4s.load_params(dataset).url
-    with one_sentence(url, str(tmp_path / "home" / url.rpartition("/")[2]), "by hand"):
+    name = (f"{dataset}_" if dataset in LATENT else "") + url.rpartition("/")[2]
+    with one_sentence(url, str(tmp_path / "home" / name), "by hand"):
         s4s.load(dataset)

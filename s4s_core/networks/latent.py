@@ -5,6 +5,7 @@ the authors' names translated. Architectures: Rombach et al. 2022, Tables 12 to 
 configurations published beside each checkpoint.
 """
 
+import csv
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,8 +126,8 @@ def load_stable_diffusion(
     """Stable Diffusion v1 at 512x512, x (B, 4, 64, 64), on VPDiscrete(); sd-v1-4.ckpt.
 
     `vocabulary` and `merges` are the tokenizer's files (vocab.json and merges.txt of CLIP
-    ViT-L/14), `captions` a text file: seed n has the caption in line n, and from the first again
-    after the last. Raises UsageError for any other file.
+    ViT-L/14), `captions` a text file or a .csv with a column `text`: seed n has the caption in
+    line n, and from the first again after the last. Raises UsageError for any other file.
     """
     with _extra():
         from diffusers import UNet2DConditionModel
@@ -186,10 +187,14 @@ def _decode(vae: nn.Module, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
 
 
 def _captions(path) -> list[str]:
+    """The lines of a text file, or the column `text` of a .csv."""
     try:
-        lines = [s for line in Path(path).read_text("utf-8").splitlines() if (s := line.strip())]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no readable text file of captions ({error})") from None
+        lines = Path(path).read_text("utf-8").splitlines()
+        if Path(path).suffix == ".csv":
+            lines = [row["text"] for row in csv.DictReader(lines)]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
+        raise UsageError(f"{path} is no readable file of captions ({error})") from None
+    lines = [s for line in lines if (s := line.strip())]
     if not lines:
         raise UsageError(f"{path} has no captions: give a text file with one in each line")
     return lines
