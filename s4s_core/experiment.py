@@ -412,6 +412,8 @@ def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:
 
 def _statistics(setup, seed: int) -> ModelStatistics:
     """The model statistics at the teacher's samples, cached."""
+    if setup.condition is not None:
+        raise UsageError(f"{V3} takes models without conditions, not {setup.name}: choose another")
 
     def make() -> dict[str, Tensor]:
         return vars(model_statistics(setup, _teacher_set(setup, seed, alt=False).train[1]))
