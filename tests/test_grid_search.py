@@ -274,3 +274,20 @@ def test_searched_grids_start_learning_too(make):
     again = s4s.LearnedGrid.start_at(grid).grid()
     assert isinstance(grid, TimeGrid)
     torch.testing.assert_close(again.t, grid.t, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("nfe", [3, 4, 5, 6, 8, 10])
+def test_the_listed_gits_grid_runs_through_its_noise_levels(nfe):
+    grid = s4s.grid_search.gits_sd15(VPDiscrete(), nfe)
+    assert grid.nfe == nfe
+    assert grid.s[0].item() == pytest.approx(14.6146, abs=1e-3)
+    assert grid.s[-1].item() == pytest.approx(0.0292, abs=1e-4)
+    rounded = (grid.s[1:-1] * 1e4).round() / 1e4
+    torch.testing.assert_close(grid.s[1:-1], rounded, rtol=0, atol=1e-9)
+
+
+def test_where_gits_lists_nothing_a_sentence_says_so(one_sentence):
+    with one_sentence("nfe 7", "3, 4, 5, 6, 8, 10", "gits"):
+        s4s.grid_search.gits_sd15(VPDiscrete(), 7)
+    with one_sentence("EDM", "search it"):
+        s4s.grid_search.gits_sd15(s4s.EDM(), 5)

@@ -177,7 +177,7 @@ def with_average(unet: Layout) -> dict:
 
 
 def save(path, weights: dict, **beside):
-    torch.save({"state_dict": weights, "epoch": 3, "optimizer_states": [], **beside}, path)
+    torch.save({"state_dict": dict(weights), "epoch": 3, "optimizer_states": [], **beside}, path)
     return path
 
 
@@ -284,8 +284,8 @@ def test_decoders_get_the_weights_that_diffusers_gives_them(
 def test_the_unconditional_unet_is_the_average_with_its_heads_apart(lsun, monkeypatch):
     *files, unet, _ = lsun
     _, net, _ = network_of(load_lsun, monkeypatch, *files)
-    # diffusers converts all but the attention layers, and may leave unknown names behind.
-    oracle = convert_ldm_unet_checkpoint(unet.under("model.diffusion_model."), dict(net.config))
+    # diffusers converts all but the attention layers.
+    oracle = convert_ldm_unet_checkpoint(with_average(unet), dict(net.config), extract_ema=True)
     weights = net.state_dict()
     apart = {name for name in weights if "attentions" in name}
     assert_same_values({n: v for n, v in weights.items() if n not in apart}, oracle)
@@ -434,38 +434,36 @@ def test_a_solver_is_learned_for_a_guided_model_through_its_decoder(stable_diffu
 # --- Files -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def beside(monkeypatch):
-    """What Lightning leaves in a checkpoint, pickled under the names of its day."""
+def save_as_lightning(path, weights: dict, patch):
+    """Save with what Lightning leaves in a checkpoint, under the names of its day."""
     callbacks = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    callback = type("ModelCheckpoint", (), {"__module__": callbacks.__name__})
-    callbacks.ModelCheckpoint = callback
-    old = types.ModuleType("numpy.core.multiarray")
+    callbacks.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": callbacks.__name__})
+    multiarray = types.ModuleType("numpy.core.multiarray")
 
     def scalar(*_): ...
 
-    scalar.__module__, scalar.__qualname__, old.scalar = old.__name__, "scalar", scalar
-    number = type(
-        "number", (), {"__reduce__": lambda _: (scalar, (numpy.dtype("f8"), b"12345678"))}
+    scalar.__module__, scalar.__qualname__, multiarray.scalar = (
+        multiarray.__name__,
+        "scalar",
+        scalar,
     )
-    modules = {
-        "pytorch_lightning": types.ModuleType("pytorch_lightning"),
-        "pytorch_lightning.callbacks": types.ModuleType("pytorch_lightning.callbacks"),
-        callbacks.__name__: callbacks,
-        old.__name__: old,
-    }
-    with monkeypatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-        yield {"callbacks": {callback: {"best_model_score": number(), "at": callback()}}}
+    reduce = lambda _: (scalar, (numpy.dtype("f8"), b"12345678"))  # noqa: E731
+    score = type("number", (), {"__reduce__": reduce})()
+    for module in (callbacks, multiarray):
+        patch.setitem(sys.modules, module.__name__, module)
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+        patch.setitem(sys.modules, name, types.ModuleType(name))
+    state = {"best_model_score": score, "callback": callbacks.ModelCheckpoint()}
+    save(path, weights, callbacks={callbacks.ModelCheckpoint: state})
 
 
-def test_what_lies_beside_the_weights_is_left_alone(lsun, beside, monkeypatch):
+def test_what_lies_beside_the_weights_is_left_alone(lsun, monkeypatch):
     path, vq, unet, _ = lsun
-    save(path, with_average(unet), **beside)
-    for name in list(sys.modules):
-        if name.startswith("pytorch_lightning"):
-            monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as patch:
+        save_as_lightning(path, with_average(unet), patch)
+    content = path.read_bytes()
+    for name in (b"ModelCheckpoint", b"numpy.core.multiarray", b"numpy\ndtype"):
+        assert name in content
     assert load_lsun(path, vq).network(torch.randn(2, 3, 8, 8), TIME).isfinite().all()
     assert "pytorch_lightning" not in sys.modules
 

@@ -156,3 +156,11 @@ def test_without_its_file_a_model_says_where_to_put_it(
     name = (f"{dataset}_" if dataset in LATENT else "") + url.rpartition("/")[2]
     with one_sentence(url, str(tmp_path / "home" / name), "by hand"):
         s4s.load(dataset)
+
+
+def test_further_files_are_addresses_or_paths(tmp_path, monkeypatch, one_sentence):
+    with one_sentence("files must list addresses or paths", "[3]"):
+        s4s.Params(schedule="EDM", shape=[1], files=[3])
+    monkeypatch.setenv("S4S_HOME", str(tmp_path))
+    with one_sentence(str(tmp_path / "captions.txt"), "missing", "put it there"):
+        s4s.zoo._file("captions.txt", "captions.txt")
