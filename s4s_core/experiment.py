@@ -440,6 +440,7 @@ def _cached_tensors(
         **config,
         "kind": kind,
         "teacher": setup.teacher.to_dict(),
+        "guidance": setup.params.guidance,
         "weights": setup.weights,
         "version": __version__,
     }
