@@ -256,7 +256,7 @@ COMMON = {"prediction_type": "sample", "final_sigmas_type": "sigma_min"}
 @quiet_oracle
 @on_diffusers_grids
 @pytest.mark.parametrize("nfe", [4, 5, 8, 12])
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize("prediction", ["data", "noise"])
 def test_unipc_equals_diffusers(toy, noise, schedule, name, nfe, order, variant, prediction):
