@@ -73,7 +73,7 @@ def test_a_setting_of_none_leaves_the_one_in_the_file():
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"dataset": "ffhq"}, ["dataset", "'ffhq'", "digits", "mixture"]),
+        ({"dataset": "ffhqq"}, ["dataset", "'ffhqq'", "digits", "mixture"]),
         ({"dataset": None}, ["dataset", "None", "digits"]),
         ({"grid": "cosine"}, ["grid", "'cosine'", "logsnr", "ld3", "gits"]),
         ({"grid": "ays_sd15"}, ["AYS", "EDM", "Stable Diffusion", "another grid"]),
@@ -109,8 +109,8 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(one_sentence, changed, wo
 
 def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
     assert datasets() == sorted(datasets()) and {"digits", "mixture"} <= set(datasets())
-    with one_sentence("dataset", "'ffhq'", *datasets()):
-        s4s.load("ffhq")
+    with one_sentence("dataset", "'ffhqq'", *datasets()):
+        s4s.load("ffhqq")
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_command_line_keeps_the_solver_in_the_results_by_default(results, capsys
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--dataset", "ffhq"], ["dataset", "digits", "mixture"]),
+        (["--dataset", "ffhqq"], ["dataset", "digits", "mixture"]),
         (["--grid", "cosine"], ["grid", "logsnr"]),
         (["--grid", "ays_sdxl"], ["AYS", "Stable Diffusion"]),
         (["--solver", "heun"], ["solver", "unipc"]),
@@ -507,11 +507,11 @@ def test_command_line_errors_are_one_line(tmp_path, capsys, arguments, words):
 
 
 def test_command_line_errors_exit_non_zero_without_a_traceback(results):
-    process = script(results, "", *CLI, "--dataset", "ffhq")
+    process = script(results, "", *CLI, "--dataset", "ffhqq")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and output == ""
     (line,) = errors.splitlines()
-    assert line.startswith("error: ") and "ffhq" in line
+    assert line.startswith("error: ") and "ffhqq" in line
     assert not results.exists()
 
 
@@ -520,7 +520,7 @@ def test_notebooks_show_an_error_as_one_line(results, tmp_path, monkeypatch):
     error = UsageError("nfe must be at least 1")
     assert error._render_traceback_() == ["UsageError: nfe must be at least 1"]
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    code = "import s4s_core; s4s_core.load('ffhq')"
+    code = "import s4s_core; s4s_core.load('ffhqq')"
     process = script(results, "", "-m", "IPython", "--colors=NoColor", "-c", code)
     output, errors = process.communicate(timeout=120)
     shown = [line for line in (output + errors).splitlines() if line.strip()]

@@ -77,7 +77,7 @@ def test_the_long_notebooks_run_from_another_folder(tmp_path, name):
         ("ablation_order", {"orders": "[0]"}, "order must be a whole number of at least 1"),
         ("ablation_order", {"nfes": "'[4, 6]'"}, "nfes must be a list of whole numbers"),
         ("train_solver", {"seeds": "0"}, "seeds must be a list of whole numbers"),
-        ("train_solver", {"grids": "[edn]"}, "unknown grid 'edn'; choose one of: edm"),
+        ("train_solver", {"grids": "[edn]"}, "unknown grid 'edn'; choose one of: ays_sd15"),
         ("train_solver", {"nfes": "[2]"}, "order 3 needs at least 3 network calls, not nfe = 2"),
         ("00_tour", {"dataset": "fhq"}, "unknown dataset 'fhq'"),
         ("00_tour", {"nfe": 0}, "nfe must be a whole number of at least 1, not 0"),
