@@ -141,7 +141,7 @@ class Experiment:
                 f"order {self.order} needs at least {self.order} network calls, not nfe = "
                 f"{self.nfe}: lower the order or raise nfe"
             )
-        count_steps(self.solver, self.order, self.nfe)
+        steps = count_steps(self.solver, self.order, self.nfe)
         if self.solver in SINGLE_STEP and self.learn in ("bns", "generalised"):
             raise UsageError(
                 f"learn = {self.learn} starts at a multistep solver, not at {self.solver}: "
@@ -160,7 +160,7 @@ class Experiment:
             )
         schedule = zoo.NAMED_SCHEDULES[self.params.schedule]  # checks the settings, too
         if self.grid in PUBLISHED:  # now rather than after an hour: not each has every schedule
-            PUBLISHED[self.grid](schedule, self.nfe)
+            PUBLISHED[self.grid](schedule, steps)
 
     @cached_property
     def params(self) -> zoo.Params:
@@ -288,9 +288,8 @@ def run_all(experiments: Sequence[Experiment], workers: int | None = None) -> li
     missing = [e for e in experiments if not e.path().exists()]
     if workers > 1 and len(missing) > 1:
         shared = {_with_its_grid(e).path(): e for e in missing if e.grid not in PUBLISHED}
-        shared |= {
-            (e.dataset, e.seed, e.params.n_train): e for e in missing if e.solver == V3
-        }  # those that need the same statistics
+        v3 = [e for e in missing if e.solver == V3]  # these share their model's statistics
+        shared |= {(e.dataset, e.seed, e.params.n_train): e for e in v3}
         _run_in_processes([(start, list(shared.values())), (run, missing)], workers)
     return [run(e) for e in progress(experiments, desc="results")]
 

@@ -29,8 +29,10 @@ from .model import (
     conditioned,
     from_denoiser,
     from_noise_prediction,
+    guided,
 )
 from .networks import (
+    LatentModel,
     digits_data,
     load_edm,
     load_imagenet,
@@ -336,11 +338,10 @@ def _latent(name: str, load_model: Callable, params: Params, device: str) -> Set
     """A model of latents; `load_model` makes a LatentModel of the files, in the order of params."""
     places = [(params.url, params.sha256), *((place, "") for place in params.files)]
     files = [_file(place, f"{name}_{place.rpartition('/')[2]}", sha) for place, sha in places]
-    options = {} if params.guidance == 1 else {"guidance": params.guidance}
-    model, schedule = load_model(*files, device, **options), NAMED_SCHEDULES[params.schedule]
+    model, schedule = load_model(*files, device), NAMED_SCHEDULES[params.schedule]
     return Setup(
         name,
-        from_noise_prediction(model.network, schedule),
+        from_noise_prediction(guided_network(model, params.guidance), schedule),
         schedule,
         tuple(params.shape),
         params,
@@ -349,6 +350,17 @@ def _latent(name: str, load_model: Callable, params: Params, device: str) -> Set
         decode=model.decode,
         **_judged_by_inception(params, device, {path.name: file_sha256(path) for path in files}),
     )
+
+
+def guided_network(model: LatentModel, scale: float) -> Callable[..., Tensor]:
+    """eps(x, t, condition) with guidance against model.null; of a model without, its network."""
+    if model.null is None:
+        return model.network
+
+    def network(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return model.network(x, t, c)
+
+    return lambda x, t, c: guided(network, {"c": c}, {"c": model.null}, scale)(x, t)
 
 
 def _file(place: str, name: str, sha256: str = "") -> Path:

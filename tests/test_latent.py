@@ -18,7 +18,14 @@ from diffusers.loaders.single_file_utils import (
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import s4s_core as s4s
-from s4s_core.networks import latent, load_imagenet, load_lsun, load_stable_diffusion
+from s4s_core.networks import (
+    LatentModel,
+    latent,
+    load_imagenet,
+    load_lsun,
+    load_stable_diffusion,
+)
+from s4s_core.zoo import guided_network
 
 WIDTHS = (8, 8, 16, 16)  # channels of a U-Net's levels
 TIME = torch.tensor([0.3004, 0.9], dtype=torch.float64)
@@ -353,7 +360,8 @@ def test_guidance_is_one_call_of_both_halves_and_none_at_scale_one():
     one, half = network(x, t, c), network(x, t, null.expand(3, 1, 2))
     for scale, calls in ((1.0, [3]), (7.5, [6]), (0.0, [6])):
         sizes.clear()
-        result = latent.guided(network, null, scale)(x, t, c)
+        model = LatentModel(network, decode=None, null=null)
+        result = guided_network(model, scale)(x, t, c)
         torch.testing.assert_close(result, half + scale * (one - half))
         assert sizes == calls
 
@@ -361,10 +369,11 @@ def test_guidance_is_one_call_of_both_halves_and_none_at_scale_one():
 def test_guidance_is_that_of_the_model(imagenet):
     path, *_, table = imagenet
     x, c = torch.randn(2, 3, 8, 8), table[[5, 9]][:, None]
-    plain, strong = load_imagenet(path, guidance=1.0), load_imagenet(path, guidance=2.0)
-    eps, null = (plain.network(x, TIME, e) for e in (c, table[[1000, 1000]][:, None]))
+    model = load_imagenet(path)
+    plain, strong = guided_network(model, 1.0), guided_network(model, 2.0)
+    eps, null = (plain(x, TIME, e) for e in (c, table[[1000, 1000]][:, None]))
     expected = null + 2.0 * (eps - null)
-    torch.testing.assert_close(strong.network(x, TIME, c), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(strong(x, TIME, c), expected, rtol=1e-4, atol=1e-5)
     assert (eps - null).abs().max() > 1e-3
 
 
@@ -413,7 +422,7 @@ def test_a_solver_is_learned_for_a_guided_model_through_its_decoder(stable_diffu
     params = params.override(batch_size=3, rematerialize=True)
     setup = s4s.Setup(
         "tiny",
-        s4s.from_noise_prediction(model.network, schedule),
+        s4s.from_noise_prediction(guided_network(model, 7.5), schedule),
         schedule,
         (4, 8, 8),
         params,

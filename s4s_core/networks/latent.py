@@ -26,11 +26,13 @@ class LatentModel:
     decode     x -> images (B, 3, H', W') in about [-1, 1], in the dtype of x; differentiable
     condition  seeds -> (B, length, width), what each sample's class or caption is to the network;
                None: the model is unconditional
+    null       (1, length, width), the condition that stands for none, which guidance is against
     """
 
     network: Callable[..., Tensor]
     decode: Callable[[Tensor], Tensor]
     condition: Callable[[Sequence[int]], Tensor] | None = None
+    null: Tensor | None = None
 
 
 LSUN = {
@@ -92,7 +94,7 @@ def load_lsun(path, first_stage, device="cpu") -> LatentModel:
     return LatentModel(_network(unet.to(device)), _decode(decoder.to(device)))
 
 
-def load_imagenet(path, device="cpu", guidance: float = 2.0) -> LatentModel:
+def load_imagenet(path, device="cpu") -> LatentModel:
     """ImageNet at 256x256 by class, x (B, 3, 64, 64), on VPDiscrete.ldm(); cin256-v2's model.ckpt.
 
     Each thousand seeds from a multiple of it holds every class once. Raises UsageError for any
@@ -113,16 +115,11 @@ def load_imagenet(path, device="cpu", guidance: float = 2.0) -> LatentModel:
         labels = torch.tensor([617 * seed % IMAGENET_CLASSES for seed in seeds], device=device)
         return embedding(labels)[:, None]
 
-    return LatentModel(
-        guided(_network(unet), embedding.weight[None, -1:], guidance),
-        _decode(decoder.to(device)),
-        condition,
-    )
+    null = embedding.weight[None, -1:]
+    return LatentModel(_network(unet), _decode(decoder.to(device)), condition, null)
 
 
-def load_stable_diffusion(
-    path, vocabulary, merges, captions, device="cpu", guidance: float = 7.5
-) -> LatentModel:
+def load_stable_diffusion(path, vocabulary, merges, captions, device="cpu") -> LatentModel:
     """Stable Diffusion v1 at 512x512, x (B, 4, 64, 64), on VPDiscrete(); sd-v1-4.ckpt.
 
     `vocabulary` and `merges` are the tokenizer's files (vocab.json and merges.txt of CLIP
@@ -149,27 +146,8 @@ def load_stable_diffusion(
     def condition(seeds: Sequence[int]) -> Tensor:
         return encode([lines[seed % len(lines)] for seed in seeds])
 
-    return LatentModel(
-        guided(_network(unet), encode([""]), guidance),
-        _decode(decoder.to(device), KL_SCALE),
-        condition,
-    )
-
-
-def guided(network: Callable[..., Tensor], null: Tensor, scale: float) -> Callable[..., Tensor]:
-    """Classifier-free guidance: eps(null) + scale (eps(c) - eps(null)) (Ho & Salimans 2022).
-
-    One call of 2B samples; of B, without `null` (1, length, width), where the scale is 1.
-    """
-    if scale == 1:
-        return network
-
-    def predict(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        both = torch.cat([null.expand_as(c), c])
-        without, given = network(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return without + scale * (given - without)
-
-    return predict
+    decode = _decode(decoder.to(device), KL_SCALE)
+    return LatentModel(_network(unet), decode, condition, encode([""]))
 
 
 def _network(unet: nn.Module) -> Callable[..., Tensor]:
