@@ -143,7 +143,7 @@ def plot_metric(
         ax.set_yscale("log")
     at = sorted({row[x] for row in rows})
     if log_x and at[-1] > 0:
-        ax.set_xscale("symlog", linthresh=min(p for p in at if p > 0))
+        ax.set_xscale("symlog", linthresh=min(p for p in at if p > 0), linscale=0.5)
         ax.minorticks_off()
     ax.set_xticks(at, [f"{p:.2g}" if isinstance(p, float) else str(p) for p in at])
     ax.grid(axis="y", color=PALE, lw=0.6)
@@ -194,6 +194,7 @@ def plot_pca(rows, shares, by="step", line="seed", reference="iPNDM", ax=None):
         xlabel=f"first component ({shares[0]:.0%} of variance)",
         ylabel=f"second component ({shares[1]:.0%})",
     )
+    ax.locator_params(nbins=6)
     ax.figure.colorbar(points, ax=ax, ticks=at, label=by)
     ax.legend()
     return ax

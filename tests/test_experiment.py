@@ -563,6 +563,13 @@ def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
     assert error.value.best.nfe in (2, 3)
 
 
+def test_a_list_is_of_numbers_or_of_names(one_sentence):
+    s4s.check_lists(nfes=[3, 4], gammas=[0.0, 1, 2.5], grids=["edm"])
+    for wrong in ("[3, 4]", 3, [], [3, "edm"], [True], [None]):
+        with one_sentence("nfes must be a list of whole numbers, of decimal numbers or of names"):
+            s4s.check_lists(nfes=wrong)
+
+
 def test_a_sweep_is_every_combination_and_lists_what_no_seed_changes_once():
     found = s4s.sweep(
         {"fid_samples": 9}, dataset="mixture", grid=["edm", "ld3"], solver="ipndm", nfe=[3, 4],
@@ -581,7 +588,3 @@ def test_a_sweep_is_every_combination_and_lists_what_no_seed_changes_once():
 def test_a_slip_in_a_sweep_is_one_sentence(one_sentence):
     with one_sentence("unknown grid 'edn'"):
         s4s.sweep(dataset="mixture", grid=["edm", "edn"], nfe=3)
-    s4s.check_lists(nfes=[3, 4], gammas=[0.0, 1, 2.5], grids=["edm"])
-    for wrong in ("[3, 4]", 3, [], [3, "edm"], [True], [None]):
-        with one_sentence("nfes must be a list of whole numbers, of decimal numbers or of names"):
-            s4s.check_lists(nfes=wrong)
