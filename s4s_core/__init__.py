@@ -91,6 +91,7 @@ _EXPERIMENT = (
     "results_folder",
     "run",
     "run_all",
+    "settings_of",
     "start",
     "sweep",
 )
