@@ -50,6 +50,7 @@ from .model import (
     from_noise_prediction,
     from_velocity,
     guided,
+    in_precision,
     rematerialized,
 )
 from .objective import (
