@@ -92,6 +92,7 @@ _EXPERIMENT = (
     "results_folder",
     "run",
     "run_all",
+    "settings_of",
     "start",
     "sweep",
 )

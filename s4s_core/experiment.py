@@ -192,6 +192,17 @@ def check_lists(**lists) -> None:
             )
 
 
+def settings_of(dataset: str, settings: dict) -> dict:
+    """The dataset's part of settings by dataset, {} without one; UsageError where they are not."""
+    for name, chosen in settings.items() if isinstance(settings, dict) else [(None, settings)]:
+        if name not in zoo.datasets() or not isinstance(chosen, dict):
+            raise UsageError(
+                f"settings must map datasets to settings, as in {{{dataset}: {{epochs: 3}}}}, not "
+                f"{settings!r}; datasets are {', '.join(zoo.datasets())}"
+            )
+    return settings.get(dataset, {})
+
+
 def sweep(settings: dict | None = None, **choices) -> list[Experiment]:
     """The experiments of every combination: each choice is a field's value or a list of values.
 

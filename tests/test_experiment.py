@@ -584,3 +584,11 @@ def test_a_sweep_is_every_combination_and_lists_what_no_seed_changes_once():
 def test_a_slip_in_a_sweep_is_one_sentence(one_sentence):
     with one_sentence("unknown grid 'edn'"):
         s4s.sweep(dataset="mixture", grid=["edm", "edn"], nfe=3)
+
+
+@pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"digits": 3}, 7, {"digitz": {}}])
+def test_settings_of_a_dataset_are_looked_up_by_its_name(one_sentence, settings):
+    assert s4s.settings_of("digits", {"digits": {"epochs": 3}, "mixture": {}}) == {"epochs": 3}
+    assert s4s.settings_of("mixture", {"digits": {"epochs": 3}}) == {}
+    with one_sentence("settings must map datasets to settings", repr(settings), "mixture"):
+        s4s.settings_of("mixture", settings)
