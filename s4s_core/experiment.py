@@ -429,11 +429,11 @@ def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:
 
 def _statistics(setup, seed: int) -> ModelStatistics:
     """The model statistics at the teacher's samples, cached."""
-    if setup.condition is not None:
-        raise UsageError(f"{V3} takes models without conditions, not {setup.name}: choose another")
 
     def make() -> dict[str, Tensor]:
-        return vars(model_statistics(setup, _teacher_set(setup, seed, alt=False).train[1]))
+        teacher = _teacher_set(setup, seed, alt=False)
+        n = teacher.n_train
+        return vars(model_statistics(setup, teacher.train[1], seeds=teacher.seeds[:n]))
 
     config = {"n_train": setup.params.n_train, "seed": seed}
     return ModelStatistics(**_cached_tensors(setup, "statistics", config, make))
