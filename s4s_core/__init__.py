@@ -51,6 +51,7 @@ from .model import (
     from_velocity,
     guided,
     rematerialized,
+    rescheduled,
 )
 from .objective import (
     decoded_distance,
