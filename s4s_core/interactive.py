@@ -50,9 +50,12 @@ def _controls(ranges: dict):
         from ipywidgets import FloatSlider, VBox
     except ImportError:
         return None
+    look = {"style": {"description_width": "8em"}, "layout": {"width": "32em"}}
     return VBox(
         [
-            FloatSlider(start, min=low, max=high, step=(high - low) / 200, description=name)
+            FloatSlider(
+                start, min=low, max=high, step=(high - low) / 1000, description=name, **look
+            )
             for name, (low, start, high) in ranges.items()
         ]
     )
@@ -113,15 +116,15 @@ def _explore(setup, make: Callable[[Sequence[float]], Solver], ranges: dict, see
     def draw(**values):
         nonlocal ax
         path = sample_path(setup, make(list(values.values())), seeds)
-        if ax is not None:
+        fresh = ax is None
+        if not fresh:
             ax.clear()
-        name = f"{len(path[1]) - 1} calls"
-        ax = plot.plot_trajectories({name: path}, exact, data, ax)
+        ax = plot.plot_trajectories({f"{len(path[1]) - 1} calls": path}, exact, data, ax)
         error = (path[1][-1] - exact[1][-1]).norm(dim=1).mean()
         ax.set_title(f"mean distance to the exact end points {error:.3f}")
-        if ax.figure.get_layout_engine() is not None:
+        if fresh:
             ax.figure.draw_without_rendering()
-            ax.figure.set_layout_engine("none")  # to lay it out again would take longest
+            ax.figure.set_layout_engine("none")  # what was laid out stays, and redraws are faster
         return ax.figure
 
     sliders(draw, **ranges)
