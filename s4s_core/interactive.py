@@ -110,8 +110,8 @@ def explore_coefficients(
 
 def _explore(setup, make: Callable[[Sequence[float]], Solver], ranges: dict, seeds) -> None:
     """Sliders for the values that `make` turns into a solver, and its trajectories."""
-    exact, data = exact_path(setup, seeds), setup.data()[:500]
-    ax = None
+    exact, ax = exact_path(setup, seeds), None
+    data = setup.data()[:500] if setup.data else None
 
     def draw(**values):
         nonlocal ax
@@ -143,10 +143,12 @@ def check(answer, right, hint: str = "") -> None:
     """
     if answer is None:
         print("not yet: set answer, and run this cell again")
-    elif right(answer) if callable(right) else _agree(answer, right):
-        print("right")
-    else:
-        print("not yet: that is not it", *([f"({hint})"] if hint else []))
+        return
+    try:
+        agrees = right(answer) if callable(right) else _agree(answer, right)
+    except Exception as error:  # an answer of another kind is a wrong one
+        agrees, hint = False, f"{type(error).__name__}: {error}"
+    print("right" if agrees else f"not yet: that is not it{f' ({hint})' if hint else ''}")
 
 
 def _agree(answer, right) -> bool:
