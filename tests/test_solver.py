@@ -751,6 +751,41 @@ def test_trajectory_runs_from_the_noise_to_the_sample(toy, noise):
     assert torch.equal(points[-1], solver.sample(toy(EDM()), x_T))
 
 
+@pytest.mark.parametrize("corrector", [False, True])
+def test_a_trajectory_goes_on_from_what_it_is_sent(toy, noise, corrector):
+    grid, x_T = time_edm(EDM(), 5), 80 * noise(0, 4, 3)
+    solver = Solver(unipc(grid, 3, corrector=corrector), grid)
+    own = list(solver.trajectory(toy(EDM()), x_T))
+    points = solver.trajectory(toy(EDM()), x_T)
+    again = [next(points), *[points.send(x) for x in own[:-1]]]
+    torch.testing.assert_close(again, own, rtol=1e-12, atol=1e-12)
+    points = solver.trajectory(toy(EDM()), x_T)
+    other = [next(points), next(points), points.send(own[1] + 1), next(points)]
+    assert torch.equal(other[1], own[1]) and not torch.allclose(other[2], own[2])
+
+
+@pytest.mark.parametrize("prediction", ["noise", "data"])
+def test_local_errors_are_those_of_steps_from_exact_points(toy, noise, one_sentence, prediction):
+    nfe, schedule = 5, VPLinear()
+    grid = time_logsnr(schedule, nfe)
+    solver = Solver(random_coefficients(noise, nfe, 3, prediction, False), grid)
+    exact, alpha, s = noise(1, nfe + 1, 4, 3), schedule.alpha(grid.t), grid.s
+    y = exact / alpha[:, None, None]
+    D = [toy(schedule)(x, t) for x, t in zip(exact, grid.t, strict=True)]
+    found = s4s.local_errors(solver, toy(schedule), exact)
+    for i in range(nfe):
+        b = solver.coefficients.b[i]
+        if prediction == "noise":
+            eps = [(y[n] - D[n]) / s[n] for n in range(i, max(i - 3, -1), -1)]
+            end = y[i] + (s[i + 1] - s[i]) * sum(w * e for w, e in zip(b, eps))
+        else:
+            q, recent = s[i + 1] / s[i], D[i :: -1]
+            end = q * y[i] + (1 - q) * sum(w * e for w, e in zip(b, recent))
+        torch.testing.assert_close(found[i], alpha[i + 1] * end - exact[i + 1])
+    with one_sentence("5 network calls", "6 points", "not 5"):
+        s4s.local_errors(solver, toy(schedule), exact[:-1])
+
+
 @pytest.mark.parametrize("prediction", ["noise", "data"])
 @pytest.mark.parametrize("corrector", [False, True])
 def test_derivatives_of_the_solution_equal_finite_differences(toy, noise, prediction, corrector):
