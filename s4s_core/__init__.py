@@ -83,8 +83,15 @@ from .solver import (
     trajectory,
     unipc,
 )
-from .teacher import TeacherSet, generate, initial_noise, make_teacher_set
-from .zoo import Params, Setup, datasets, load, load_params, read_params
+from .teacher import (
+    TeacherSet,
+    exact_path,
+    generate,
+    initial_noise,
+    make_teacher_set,
+    sample_path,
+)
+from .zoo import Params, Setup, datasets, load, load_params, load_planar, read_params
 
 _EXPERIMENT = (
     "Experiment",
