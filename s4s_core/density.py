@@ -62,9 +62,9 @@ def invert(
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """What `compare_densities` found at x = Psi*(b) for each noise b whose a = Psi_phi^-1(x) it had.
+    """A teacher's samples x = Psi*(b), of density q, under a student's density p_phi.
 
-    b, a          (n, ...) the two noises that lead to x, in units of sigma(T)
+    b, a          (n, ...) teacher's and student's noise of x, Psi_phi(a) = x, in units of sigma(T)
     log_ratio     (n,) ln q(x) - ln p_phi(x), whose mean is the KL divergence
     determinants  (n,) C(Psi*) - C(Psi_phi) at x
     found         share of the noises that were inverted; the others have no part in the above
@@ -92,7 +92,7 @@ class Divergence:
         return (self.a - self.b).flatten(1).norm(dim=1).max().item()
 
     def bound(self, r: float) -> float:
-        """The right-hand side of Theorem D.1: r^2 / 2 + r sqrt(d + 1) + E |C(Psi*) - C(Psi_phi)|."""
+        """What Theorem D.1 gives: r^2 / 2 + r sqrt(d + 1) + E |C(Psi*) - C(Psi_phi)| (Eq. 11)."""
         d = self.b[0].numel()
         return r**2 / 2 + r * math.sqrt(d + 1) + self.determinants.abs().mean().item()
 

@@ -777,10 +777,10 @@ def test_local_errors_are_those_of_steps_from_exact_points(toy, noise, one_sente
         b = solver.coefficients.b[i]
         if prediction == "noise":
             eps = [(y[n] - D[n]) / s[n] for n in range(i, max(i - 3, -1), -1)]
-            end = y[i] + (s[i + 1] - s[i]) * sum(w * e for w, e in zip(b, eps))
+            end = y[i] + (s[i + 1] - s[i]) * sum(w * e for w, e in zip(b, eps, strict=False))
         else:
-            q, recent = s[i + 1] / s[i], D[i :: -1]
-            end = q * y[i] + (1 - q) * sum(w * e for w, e in zip(b, recent))
+            q, recent = s[i + 1] / s[i], D[i::-1]
+            end = q * y[i] + (1 - q) * sum(w * e for w, e in zip(b, recent, strict=False))
         torch.testing.assert_close(found[i], alpha[i + 1] * end - exact[i + 1])
     with one_sentence("5 network calls", "6 points", "not 5"):
         s4s.local_errors(solver, toy(schedule), exact[:-1])
