@@ -52,6 +52,7 @@ from .model import (
     from_velocity,
     guided,
     rematerialized,
+    rescheduled,
 )
 from .objective import (
     decoded_distance,
@@ -87,6 +88,7 @@ from .teacher import (
     TeacherSet,
     exact_path,
     generate,
+    global_error,
     initial_noise,
     make_teacher_set,
     sample_path,

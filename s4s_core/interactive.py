@@ -1,5 +1,6 @@
 """For the lessons in JupyterLab: sliders that redraw a picture at once, and checks of exercises."""
 
+import inspect
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -124,6 +125,12 @@ def _explore(setup, make: Callable[[Sequence[float]], Solver], ranges: dict, see
         return ax.figure
 
     sliders(draw, **ranges)
+
+
+def source(*functions) -> plot.Table:
+    """The text of functions or classes, to be read in a notebook."""
+    text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
+    return plot.Table(f"```python\n{text}\n```")
 
 
 def check(answer, right, hint: str = "") -> None:

@@ -198,3 +198,10 @@ def test_a_step_that_is_not_there_is_refused(setup, one_sentence, step):
 def test_answers_are_told_right_from_wrong(capsys, answer, right, said):
     interactive.check(answer, right, "look again")
     assert capsys.readouterr().out.startswith(said)
+
+
+def test_source_is_that_of_the_real_function():
+    shown = interactive.source(s4s.ddim, s4s.EDM)
+    assert shown.startswith("```python\ndef ddim(grid") and shown.endswith("\n```")
+    assert "None, prediction)\n\n@dataclass(frozen=True)\nclass EDM" in shown
+    assert shown._repr_markdown_() == shown
