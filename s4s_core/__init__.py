@@ -81,6 +81,7 @@ from .solver import (
     gaussian,
     ipndm,
     local_errors,
+    locally_optimal,
     trajectory,
     unipc,
 )

@@ -594,6 +594,29 @@ def local_errors(solver: "Solver", denoiser, exact: Tensor) -> Tensor:
     return torch.stack([points.send(x) for x in exact[:-1]]) - exact[1:]
 
 
+def locally_optimal(
+    grid: TimeGrid, denoiser, exact: Tensor, order: int = 3, prediction: str = "noise"
+) -> Coefficients:
+    """The multistep table of the smallest local errors: each row a problem of least squares.
+
+    exact (N+1, B, ...) is the exact flow at the times of the grid, to which it is fitted: the aim of
+    methods that match the teacher's whole trajectory (App. B.3).
+    """
+
+    def errors(b: Tensor) -> Tensor:
+        solver = Solver(Coefficients(b, None, prediction), grid)
+        return local_errors(solver, denoiser, exact).flatten(1).double()
+
+    b = torch.zeros(grid.nfe, order, dtype=torch.float64)
+    without = errors(b)  # each weight adds to it in proportion
+    units = torch.eye(order, dtype=torch.float64)
+    added = torch.stack([errors((b + unit).tril()) - without for unit in units], -1)
+    for i in range(grid.nfe):
+        k = min(i + 1, order)
+        b[i, :k] = torch.linalg.lstsq(added[i, :, :k], -without[i]).solution
+    return Coefficients(b, None, prediction)
+
+
 @dataclass(frozen=True, eq=False)
 class Solver:
     """Coefficients on a grid: all that sampling needs, and a small JSON file.

@@ -787,6 +787,27 @@ def test_local_errors_are_those_of_steps_from_exact_points(toy, noise, one_sente
 
 
 @pytest.mark.parametrize("prediction", ["noise", "data"])
+def test_no_other_table_has_smaller_local_errors(mixture, noise, prediction):
+    setup, grid = mixture(), time_logsnr(EDM(), 5)
+    _, exact = s4s.exact_path(setup, range(40), grid)
+
+    def squares(table):
+        return s4s.local_errors(Solver(table, grid), setup.denoiser, exact).square().sum((1, 2))
+
+    best = s4s.locally_optimal(grid, setup.denoiser, exact, 3, prediction)
+    assert best.prediction == prediction
+    assert (squares(best) <= squares(ipndm(grid, 3))).all()
+    for seed in range(5):
+        other = replace(best, b=best.b + 1e-3 * noise(seed, 5, 3).tril())
+        assert (squares(other) > squares(best)).all()
+    # Where one table makes no error at all, it is found.
+    table = random_coefficients(noise, 5, 3, prediction, False)
+    own = torch.stack(list(Solver(table, grid).trajectory(setup.denoiser, exact[0])))
+    found = s4s.locally_optimal(grid, setup.denoiser, own, 3, prediction)
+    torch.testing.assert_close(found.b, table.b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "data"])
 @pytest.mark.parametrize("corrector", [False, True])
 def test_derivatives_of_the_solution_equal_finite_differences(toy, noise, prediction, corrector):
     nfe, order = 4, 3
