@@ -599,7 +599,7 @@ def locally_optimal(
 ) -> Coefficients:
     """The multistep table of the smallest local errors: each row a problem of least squares.
 
-    exact (N+1, B, ...) is the exact flow at the times of the grid, to which it is fitted: the aim of
+    exact (N+1, B, ...) is the exact flow at the grid's times, to which it is fitted: the aim of
     methods that match the teacher's whole trajectory (App. B.3).
     """
 
