@@ -103,6 +103,7 @@ def plot_trajectories(paths: dict, exact=None, data=None, ax=None):
         ax.plot(*x[:, -1], color=color, marker=marker, ls="", ms=6, zorder=2)
         ax.plot([], [], **look, lw=1.1, ms=4, label=name)
     ax.set_aspect("equal")
+    ax.locator_params(nbins=5)
     ax.set_xlabel(r"first coordinate of $x / \sqrt{\alpha^2 + \sigma^2}$")
     ax.set_ylabel("second coordinate")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
