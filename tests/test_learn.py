@@ -365,6 +365,8 @@ def test_relaxed_starts_stay_in_their_ball(problem, learn, accept):
     away = distances_to_nearest(torch.cat(setup.denoiser.starts), teacher.train[0])
     assert away.max() <= r * (1 + 1e-9)
     assert away.max() > 0.9 * r  # the bound is one that is met
+    last = (epochs[-1].x_T_relaxed - teacher.train[0]).norm(dim=1)
+    assert 0 < last.max() <= r * (1 + 1e-9)
     assert all(0 <= e.accepted <= 1 for e in epochs) and epochs[1].accepted > 0
 
 
