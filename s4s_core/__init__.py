@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from .base import UsageError, progress
 from .check import check_denoiser
+from .density import Divergence, compare_densities, invert, jacobian, log_abs_det
 from .download import fetch, file_sha256
 from .dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from .evaluate import (
@@ -50,7 +51,9 @@ from .model import (
     from_noise_prediction,
     from_velocity,
     guided,
+    in_precision,
     rematerialized,
+    rescheduled,
 )
 from .objective import (
     decoded_distance,
@@ -78,11 +81,21 @@ from .solver import (
     exponential_adams,
     gaussian,
     ipndm,
+    local_errors,
+    locally_optimal,
     trajectory,
     unipc,
 )
-from .teacher import TeacherSet, generate, initial_noise, make_teacher_set
-from .zoo import Params, Setup, datasets, load, load_params, read_params
+from .teacher import (
+    TeacherSet,
+    exact_path,
+    generate,
+    global_error,
+    initial_noise,
+    make_teacher_set,
+    sample_path,
+)
+from .zoo import Params, Setup, datasets, load, load_params, load_planar, read_params
 
 _EXPERIMENT = (
     "Experiment",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .base import UsageError
 from .schedule import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -104,6 +105,25 @@ def conditioned(denoiser, condition: Tensor) -> Denoiser:
     return _Denoiser(lambda x, t: denoiser(x, t, condition), getattr(denoiser, "schedule", None))
 
 
+def rescheduled(denoiser, schedule: NoiseSchedule) -> Denoiser:
+    """The same denoiser on another noise schedule: D is a function of y = x / alpha and s alone.
+
+    Raises UsageError for a denoiser that does not carry its own schedule.
+    """
+    own = getattr(denoiser, "schedule", None)
+    if own is None:
+        raise UsageError(
+            "this denoiser does not say which noise schedule it has: make it with from_denoiser, "
+            "from_noise_prediction, from_velocity or from_flow"
+        )
+
+    def denoise(x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        told = own.t_of_s(schedule.s(t))
+        return denoiser(own.alpha(told) / schedule.alpha(t) * x, told, *condition)
+
+    return _Denoiser(denoise, schedule)
+
+
 def rematerialized(function):
     """The same denoiser or decoder, whose activations are computed again in the backward pass.
 
@@ -114,6 +134,19 @@ def rematerialized(function):
         lambda *inputs: checkpoint(function, *inputs, use_reentrant=False),
         getattr(function, "schedule", None),
     )
+
+
+def in_precision(denoiser, dtype: torch.dtype):
+    """The same denoiser, its convolutions and matrix products in `dtype`; x and D stay as they are.
+
+    Weights stay float32, and what must not be rounded (norms, the solver's own state) is not.
+    """
+
+    def denoise(x: Tensor, *inputs: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype):
+            return denoiser(x, *inputs).to(x.dtype)
+
+    return _Denoiser(denoise, getattr(denoiser, "schedule", None))
 
 
 class count_calls(_Denoiser):

@@ -108,6 +108,13 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(one_sentence, changed, wo
         Experiment(**values)
 
 
+def test_lessons_refuse_a_model_that_is_not_of_the_plane_before_it_is_loaded(one_sentence):
+    assert s4s.load_planar("mixture").shape == (2,)
+    for dataset in ("digits", "ffhq"):  # the latter's checkpoint is not here
+        with one_sentence(dataset, "take dataset mixture"):
+            s4s.load_planar(dataset)
+
+
 def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
     assert datasets() == sorted(datasets()) and {"digits", "mixture"} <= set(datasets())
     with one_sentence("dataset", "'ffhqq'", *datasets()):
@@ -328,6 +335,19 @@ CHANGED = {
     "accept_if_better": True,
     "grid_variable": "t",
 }
+
+
+def test_settings_of_the_model_make_another_model_and_others_share_one():
+    def setup(**settings):
+        return experiment._setup(Experiment("digits", settings=settings))
+
+    plain, half = setup(epochs=3), setup(precision="bfloat16", epochs=3)
+    assert plain.denoiser is setup(epochs=4).denoiser and plain.params.epochs == 3
+    assert half.params.precision == "bfloat16" and half.params.epochs == 3
+    x, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    with torch.no_grad():
+        difference = (half.denoiser(x, t) - plain.denoiser(x, t)).abs().max()
+    assert 0 < difference < 0.1
 
 
 def test_a_changed_setting_is_a_new_result(results):

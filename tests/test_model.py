@@ -15,7 +15,9 @@ from s4s_core import (
     from_noise_prediction,
     from_velocity,
     guided,
+    in_precision,
     rematerialized,
+    rescheduled,
 )
 
 SCHEDULES = [EDM(), VPLinear(), VPDiscrete(), RectifiedFlow()]
@@ -181,6 +183,21 @@ def test_guidance_takes_one_condition_a_sample(noise):
     torch.testing.assert_close(predict(x, t), 2 * x * rows)
 
 
+@every_schedule
+@pytest.mark.parametrize("own", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_a_rescheduled_mixture_is_the_mixture_of_that_schedule(noise, own, schedule):
+    denoiser, expected = rescheduled(plane(own), schedule), plane(schedule)
+    assert denoiser.schedule == schedule
+    for t in map(scalar, TIMES):
+        x = schedule.sigma(t) * noise(3, 7, 2)
+        torch.testing.assert_close(denoiser(x, t), expected(x, t), rtol=1e-9, atol=1e-9)
+
+
+def test_what_has_no_schedule_cannot_be_rescheduled(one_sentence):
+    with one_sentence("noise schedule", "from_denoiser"):
+        rescheduled(lambda x, t: x, EDM())
+
+
 def test_from_denoiser_passes_one_time_a_sample(noise):
     seen = []
 
@@ -239,6 +256,24 @@ def test_rematerialization_keeps_no_activations(noise):
 
     assert saved(plain) >= 8 * 512
     assert saved(rematerialized(plain)) <= 2 * x.numel()
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_half_precision_rounds_the_network_and_nothing_else(noise, dtype, rounding):
+    torch.manual_seed(0)
+    network = torch.nn.Linear(2, 2).requires_grad_(False)
+    plain = from_denoiser(lambda x, times: x + network(x.float()), EDM())
+    half = in_precision(plain, dtype)
+    x, t = noise(0, 64, 2), scalar(0.5)
+    error = (half(x, t) - plain(x, t)).abs().max() / plain(x, t).abs().max()
+    assert half.schedule == EDM() and half(x, t).dtype == torch.float64
+    assert 0 < error < 4 * rounding
+    # Rematerialised, the second pass is rounded as the first was.
+    for wrapped in (half, rematerialized(half)):
+        start = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(wrapped(start, t).square().sum(), start)
+        exact = 2 * plain(x, t) @ (torch.eye(2) + network.weight).double()
+        assert (gradient - exact).norm() < 8 * rounding * exact.norm()
 
 
 def test_count_calls_counts_and_changes_nothing(noise):
