@@ -13,26 +13,18 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SMALL = {"seeds": [0], "fid_samples": 100, "epochs": 1, "n_train": 40}
+QUICK = {"seeds": [0], "settings": {"digits": {"epochs": 1, "rounds": 1, "fid_samples": 100}}}
+for size in ("n_train", "n_train_alt", "n_valid", "n_valid_alt"):
+    QUICK["settings"]["digits"][size] = 40 if "train" in size else 20
 LONG = {
     "ablation_order": SMALL | {"orders": [1, 2], "nfes": [2, 3], "rounds": 1, "n_train_alt": 40},
     "train_solver": SMALL | {"grids": ["edm", "logsnr"], "nfes": [3]},
-    "tables": {
-        "grids": ["dmn", "gits", "ld3"],
-        "solvers": ["ipndm", "unipc"],
-        "nfes": [3],
-        "seeds": [0],
-        "settings": {
-            "digits": {
-                "epochs": 1,
-                "rounds": 1,
-                "fid_samples": 100,
-                "n_train": 40,
-                "n_train_alt": 40,
-                "n_valid": 20,
-                "n_valid_alt": 20,
-            }
-        },
-    },
+    "tables": QUICK | {"grids": ["dmn", "gits", "ld3"], "solvers": ["ipndm", "unipc"], "nfes": [3]},
+    "ablation_radius": QUICK | {"gammas": [0.0, 1.0], "nfes": [3]},
+    "ablation_init": QUICK | {"nfes": [3], "patient": {}},
+    "ablation_design": QUICK | {"nfes": [3]},
+    "ablation_dataset_size": QUICK | {"sizes": [20, 40], "nfe": 3},
+    "figure_coefficient_pca": QUICK | {"nfe": 3},
 }
 
 
@@ -77,6 +69,8 @@ def test_the_long_notebooks_run_from_another_folder(tmp_path, name):
         ("ablation_order", {"orders": "[0]"}, "order must be a whole number of at least 1"),
         ("ablation_order", {"nfes": "'[4, 6]'"}, "nfes must be a list of whole numbers"),
         ("train_solver", {"seeds": "0"}, "seeds must be a list of whole numbers"),
+        ("tables", {"settings": "{gamma: 0.0}"}, "settings must map datasets to settings"),
+        ("02_time_grids", {"dataset": "digits"}, "take dataset mixture"),
         ("train_solver", {"grids": "[edn]"}, "unknown grid 'edn'; choose one of: ays_sd15"),
         ("train_solver", {"nfes": "[2]"}, "order 3 needs at least 3 network calls, not nfe = 2"),
         ("00_tour", {"dataset": "fhq"}, "unknown dataset 'fhq'"),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import zipfile
+from itertools import cycle
 from pathlib import Path
 
 import nbformat
@@ -17,7 +18,7 @@ from test_latent import (
     write_lsun,
     write_stable_diffusion,
 )
-from test_notebooks import papermill
+from test_notebooks import LONG, papermill
 
 import s4s_core as s4s
 from s4s_core.networks import EDMDenoiser, latent, save_network
@@ -113,6 +114,21 @@ def test_a_pretrained_model_runs_through_the_order_ablation(tmp_path, folders, d
     outputs = str([cell.get("outputs") for cell in nbformat.read(out, 4).cells])
     assert "Inception of other weights, not FID; seeds 0 to 3" in outputs
     assert "| S4S | 3 |" in outputs and "nan" not in outputs
+
+
+OTHERS = {
+    "00_tour": {"nfe": 3, "samples": 4, "epochs": 1, "rounds": 1},
+    **{name: small for name, small in LONG.items() if name != "ablation_order"},
+}
+
+
+@pytest.mark.parametrize(("name", "dataset"), zip(OTHERS, cycle([*EDM_FILES, *LATENT])))
+def test_every_other_experiment_takes_a_pretrained_model(tmp_path, folders, name, dataset):
+    parameters = OTHERS[name] | {"dataset": dataset, "settings": json.dumps({dataset: SMALL})}
+    parameters |= {"fid_samples": 4, "n_train": 2} if "n_train" in parameters else {}
+    done, out = papermill(tmp_path, name, folders, **parameters)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Inception of other weights, not FID" in out.read_text("utf-8")
 
 
 @pytest.mark.parametrize("dataset", EDM_FILES)
