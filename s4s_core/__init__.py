@@ -88,6 +88,7 @@ _EXPERIMENT = (
     "Experiment",
     "Result",
     "check_lists",
+    "learning_seconds",
     "results_folder",
     "run",
     "run_all",

@@ -274,6 +274,47 @@ def cells_better(
     return Table("\n".join([text + (", not in" if worse else ""), "", *lines]))
 
 
+def _grouped(rows, keys) -> dict[tuple, list]:
+    """The rows by their values of `keys`, in order of first appearance."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def best(rows, of, within=("method", "nfe"), value="frechet") -> list[dict]:
+    """In each group of `within`, the rows of one setting of `of`: that of the smallest mean.
+
+    of  keys of a row, such as ("grid", "solver"); rows that agree in them differ in the seed
+    """
+    chosen = []
+    for group in _grouped(rows, within).values():
+        settings = _grouped(group, of).values()
+        chosen += min(settings, key=lambda runs: np.mean([run[value] for run in runs]))
+    return chosen
+
+
+def calls_to_match(rows, method: str, nfe: int, value="frechet", digits=2) -> Table:
+    """The fewest calls with which each other method is as good as `method` with `nfe` (Table 12).
+
+    Means over seeds. A method that is never as good is shown at its best. Seconds are those of
+    learning at that number of calls. KeyError where there are no such runs to be matched.
+    """
+    mean = {
+        key: [np.mean([row[k] for row in runs]) for k in (value, "seconds")]
+        for key, runs in _grouped(rows, ("method", "nfe")).items()
+    }
+    target = mean[method, nfe][0]
+    lines = [["method", "NFE", value, "matches", "seconds of learning"], ["---"] * 5]
+    for name in dict.fromkeys([method, *(m for m, _ in mean)]):
+        own = {n: cell for (m, n), cell in mean.items() if m == name}
+        enough = [nfe] if name == method else sorted(n for n in own if own[n][0] <= target)
+        at = enough[0] if enough else min(own, key=lambda n: own[n][0])
+        cell = [f"{own[at][0]:.{digits}f}", "yes" if enough else "no", f"{own[at][1]:.0f}"]
+        lines.append([name, str(at), *cell])
+    return _markdown(lines)
+
+
 def save(figure, path: str, rows=()) -> None:
     """Write the figure to `path` (.svg or .png), and the rows it draws to a CSV beside it.
 

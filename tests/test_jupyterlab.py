@@ -17,7 +17,9 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 DRIVER = shutil.which("chromedriver")
 TOKEN = "of-this-test"
 
@@ -75,7 +77,12 @@ def chromium(folder: Path):
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1400,1800"):
+    for argument in (
+        "headless=new",
+        "no-sandbox",
+        "disable-dev-shm-usage",
+        "window-size=1400,1800",
+    ):
         options.add_argument(f"--{argument}")
     options.add_argument(f"--user-data-dir={folder / 'browser'}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))

@@ -232,3 +232,43 @@ def test_a_line_style_of_its_own_leaves_the_colour_to_by():
     looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
     assert looks["ipndm, none"][0] == looks["ipndm, coefficients"][0] != looks["unipc, none"][0]
     assert looks["ipndm, none"][1] == looks["unipc, none"][1] != looks["unipc, coefficients"][1]
+
+
+def runs(method: str, nfe: int, *values: float, **keys) -> list[dict]:
+    return [
+        {
+            "method": method,
+            "nfe": nfe,
+            "seed": seed,
+            "frechet": value,
+            "seconds": 10.0 * nfe,
+            **keys,
+        }
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_best_keeps_the_setting_of_the_smallest_mean_in_each_group():
+    rows = runs("S4S", 4, 1.0, 5.0, grid="edm") + runs("S4S", 4, 2.0, 3.0, grid="dmn")
+    rows += runs("S4S", 6, 1.0, grid="edm") + runs("LD3", 4, 9.0, grid="ld3")
+    chosen = [(r["method"], r["nfe"], r["grid"], r["seed"]) for r in plot.best(rows, ("grid",))]
+    assert chosen == [
+        ("S4S", 4, "dmn", 0),
+        ("S4S", 4, "dmn", 1),
+        ("S4S", 6, "edm", 0),
+        ("LD3", 4, "ld3", 0),
+    ]
+
+
+def test_calls_to_match_takes_the_fewest_or_says_that_none_suffice():
+    rows = (
+        runs("BNS", 4, 5.0) + runs("BNS", 8, 3.0) + runs("LD3", 6, 2.0) + runs("LD3", 5, 1.0, 3.0)
+    )
+    rows += runs("Alt", 5, 1.5, 2.5) + runs("Alt", 3, 0.5)
+    lines = str(plot.calls_to_match(rows, "Alt", 5)).splitlines()
+    assert lines[0] == "| method | NFE | frechet | matches | seconds of learning |"
+    assert lines[2:] == [
+        "| Alt | 5 | 2.00 | yes | 50 |",
+        "| BNS | 8 | 3.00 | no | 80 |",
+        "| LD3 | 5 | 2.00 | yes | 50 |",
+    ]
