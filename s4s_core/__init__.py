@@ -51,6 +51,7 @@ from .model import (
     from_velocity,
     guided,
     rematerialized,
+    rescheduled,
 )
 from .objective import (
     decoded_distance,
@@ -81,8 +82,15 @@ from .solver import (
     trajectory,
     unipc,
 )
-from .teacher import TeacherSet, generate, initial_noise, make_teacher_set
-from .zoo import Params, Setup, datasets, load, load_params, read_params
+from .teacher import (
+    TeacherSet,
+    exact_path,
+    generate,
+    initial_noise,
+    make_teacher_set,
+    sample_path,
+)
+from .zoo import Params, Setup, datasets, load, load_params, load_planar, read_params
 
 _EXPERIMENT = (
     "Experiment",

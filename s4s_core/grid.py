@@ -58,6 +58,13 @@ class TimeGrid:
         """(N+1,) noise level sigma / alpha at t, falling."""
         return self.schedule.s(self.t)
 
+    def refine(self, parts: int) -> "TimeGrid":
+        """Each step cut into `parts` equal ones in lam: every parts-th time is one of these."""
+        start, h = self.lam[:-1, None], self.lam.diff()[:, None]
+        inner = self.schedule.t_of_lam(start + h * torch.arange(1, parts) / parts)
+        t = torch.cat([self.t[:-1, None], inner], 1).flatten()
+        return TimeGrid(self.schedule, torch.cat([t, self.t[-1:]]))
+
 
 def _grid(schedule: NoiseSchedule, nfe: int, times) -> TimeGrid:
     """Evaluate `times` at n/N, n = 0..N, and pin both ends, which rounding may have moved."""

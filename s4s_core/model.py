@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .base import UsageError
 from .schedule import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -102,6 +103,25 @@ def guided(network, conditional: dict, unconditional: dict, scale: float):
 def conditioned(denoiser, condition: Tensor) -> Denoiser:
     """D(x, t) = denoiser(x, t, condition) for x (B, ...), condition (B, ...)."""
     return _Denoiser(lambda x, t: denoiser(x, t, condition), getattr(denoiser, "schedule", None))
+
+
+def rescheduled(denoiser, schedule: NoiseSchedule) -> Denoiser:
+    """The same denoiser on another noise schedule: D is a function of y = x / alpha and s alone.
+
+    Raises UsageError for a denoiser that does not carry its own schedule.
+    """
+    own = getattr(denoiser, "schedule", None)
+    if own is None:
+        raise UsageError(
+            "this denoiser does not say which noise schedule it has: make it with from_denoiser, "
+            "from_noise_prediction, from_velocity or from_flow"
+        )
+
+    def denoise(x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        told = own.t_of_s(schedule.s(t))
+        return denoiser(own.alpha(told) / schedule.alpha(t) * x, told, *condition)
+
+    return _Denoiser(denoise, schedule)
 
 
 def rematerialized(function):

@@ -69,6 +69,46 @@ def plot_grid(grids: dict, ax=None, x: str = "lam"):
     return ax
 
 
+def _in_view(path) -> np.ndarray:
+    """x / sqrt(alpha^2 + sigma^2), whose size no noise level changes: (2, N+1, B)."""
+    grid, x = path
+    scale = np.hypot(_numpy(grid.schedule.alpha(grid.t)), _numpy(grid.schedule.sigma(grid.t)))
+    return np.moveaxis(_numpy(x) / scale[:, None, None], -1, 0)
+
+
+@mpl.rc_context(STYLE)
+def plot_trajectories(paths: dict, exact=None, data=None, ax=None):
+    """Samples on their way from noise to data, in the plane; a marker at each step, larger at last.
+
+    paths  name -> (grid, x), x (N+1, B, 2) at the times of the grid
+    exact  (grid, x) of the exact flow on a fine grid: grey lines under them, a cross at each end
+    data   (n, 2) points of the data, a pale cloud under all
+    Drawn is x / sqrt(alpha^2 + sigma^2), which neither grows with the noise nor knows of the
+    schedule: standard normal at first, the data at last. The view is that of `exact` if given.
+    """
+    ax = _axes(ax, (6.2, 4.6))
+    if data is not None:
+        ax.plot(*_numpy(data).T, ".", color=PALE, ms=3, mew=0, zorder=0)
+    if exact is not None:
+        x = _in_view(exact)
+        ax.plot(*x, color="#8c8c8c", lw=0.9, zorder=1)
+        ax.plot(*x[:, -1], "x", color=INK, ms=6, mew=1.4, zorder=3)
+        ax.plot([], [], "-x", color="#8c8c8c", mec=INK, lw=0.9, ms=6, label="exact")
+        reach = 1.08 * np.abs(x).max()
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
+    for n, (name, path) in enumerate(paths.items()):
+        x, color, marker = _in_view(path), COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]
+        look = {"color": color, "marker": marker, "ls": LINES[n % len(LINES)]}
+        ax.plot(*x, **look, lw=1.1, ms=3, zorder=2)
+        ax.plot(*x[:, -1], color=color, marker=marker, ls="", ms=6, zorder=2)
+        ax.plot([], [], **look, lw=1.1, ms=4, label=name)
+    ax.set_aspect("equal")
+    ax.set_xlabel(r"first coordinate of $x / \sqrt{\alpha^2 + \sigma^2}$")
+    ax.set_ylabel("second coordinate")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
 @mpl.rc_context(STYLE)
 def plot_coefficients(coefficients, ax=None):
     """The tables b: one row for each step, the newest evaluation first, blank where there is none.

@@ -266,6 +266,17 @@ def load(dataset: str = "digits", device: str | None = None) -> Setup:
     return build(params, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def load_planar(dataset: str = "mixture") -> Setup:
+    """`load` for lessons that draw trajectories: UsageError unless samples lie in the plane."""
+    shape = load_params(dataset).shape
+    if shape != [2]:
+        raise UsageError(
+            f"this draws samples on their way through the plane, and those of {dataset} have "
+            f"shape {tuple(shape)}: take dataset mixture"
+        )
+    return load(dataset)
+
+
 def _mixture(params: Params, device: str) -> Setup:
     """Eight Gaussians on a ring, unevenly weighted, for the lessons; exact, and on the CPU."""
     angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4

@@ -107,6 +107,13 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(one_sentence, changed, wo
         Experiment(**values)
 
 
+def test_lessons_refuse_a_model_that_is_not_of_the_plane_before_it_is_loaded(one_sentence):
+    assert s4s.load_planar("mixture").shape == (2,)
+    for dataset in ("digits", "ffhq"):  # the latter's checkpoint is not here
+        with one_sentence(dataset, "take dataset mixture"):
+            s4s.load_planar(dataset)
+
+
 def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
     assert datasets() == sorted(datasets()) and {"digits", "mixture"} <= set(datasets())
     with one_sentence("dataset", "'ffhqq'", *datasets()):

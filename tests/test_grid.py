@@ -59,6 +59,16 @@ def test_grids_fall_strictly_from_T_to_t_min_exactly(schedule, name, nfe):
 
 
 @every_schedule
+def test_a_refined_grid_cuts_every_step_into_equal_ones(schedule):
+    grid = random_grid(schedule, 4, seed=1)
+    fine = grid.refine(5)
+    torch.testing.assert_close(fine.t[::5], grid.t, rtol=1e-9, atol=0)
+    h = fine.lam.diff().reshape(4, 5)
+    torch.testing.assert_close(h, grid.lam.diff()[:, None].expand(4, 5) / 5, rtol=1e-6, atol=1e-9)
+    assert torch.equal(grid.refine(1).t, grid.t)
+
+
+@every_schedule
 @pytest.mark.parametrize("nfe", [3, 8])
 def test_grids_follow_their_published_formulas(schedule, nfe):
     n = np.arange(nfe + 1) / nfe

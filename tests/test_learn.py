@@ -86,6 +86,30 @@ def test_teacher_set_pairs_noise_with_the_teachers_samples(mixture):
     assert distances_to_nearest(teacher.x_0, setup.denoiser.means).max() < 0.5
 
 
+@pytest.mark.parametrize("schedule", [s4s.EDM(), s4s.VPLinear(), s4s.RectifiedFlow()])
+def test_the_exact_path_of_one_gaussian_is_known(mixture, schedule):
+    gaussian = s4s.GaussianMixture([1.0], [[0.3, -0.7]], [0.5], schedule)
+    setup = replace(mixture(), denoiser=gaussian, schedule=schedule)
+    grid, x = s4s.exact_path(setup, [3, 4], s4s.time_logsnr(schedule, 4), calls=2000)
+    y, spread = x / schedule.alpha(grid.t)[:, None, None], (0.25 + grid.s**2).sqrt()
+    offset = (y - gaussian.means) / spread[:, None, None]
+    torch.testing.assert_close(offset, offset[:1].expand_as(offset), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x[0], s4s.initial_noise(setup, [3, 4]))
+    fine, _ = s4s.exact_path(setup, [3])
+    assert fine.nfe == 200
+
+
+def test_a_sample_path_ends_at_the_sample_and_has_a_state_for_each_call(mixture):
+    setup, seeds = mixture(), [5, 6]
+    steps = s4s.time_logsnr(setup.schedule, 3)
+    for solver in (s4s.ddim(steps), s4s.dpm_solver(steps, 2)):
+        solver = s4s.Solver(solver, steps)
+        grid, x = s4s.sample_path(setup, solver, seeds)
+        assert len(x) == len(grid.t) == solver.nfe + 1
+        x_T = s4s.initial_noise(setup, seeds)
+        assert torch.equal(x[-1], solver.sample(setup.denoiser, x_T)) and torch.equal(x[0], x_T)
+
+
 def test_teacher_sets_share_no_noise_with_each_other_or_with_evaluation(mixture):
     setup = mixture(teacher_nfe=3)
     sets = [make_teacher_set(setup, 4, 4, seed).x_T for seed in range(3)]

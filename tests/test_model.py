@@ -16,6 +16,7 @@ from s4s_core import (
     from_velocity,
     guided,
     rematerialized,
+    rescheduled,
 )
 
 SCHEDULES = [EDM(), VPLinear(), VPDiscrete(), RectifiedFlow()]
@@ -179,6 +180,21 @@ def test_guidance_takes_one_condition_a_sample(noise):
     x, t, rows = noise(0, 3, 2), torch.zeros(3), noise(1, 3, 2)
     predict = guided(lambda x, t, c: x * c, {"c": rows}, {"c": torch.zeros(1, 2)}, 2.0)
     torch.testing.assert_close(predict(x, t), 2 * x * rows)
+
+
+@every_schedule
+@pytest.mark.parametrize("own", SCHEDULES, ids=lambda s: type(s).__name__)
+def test_a_rescheduled_mixture_is_the_mixture_of_that_schedule(noise, own, schedule):
+    denoiser, expected = rescheduled(plane(own), schedule), plane(schedule)
+    assert denoiser.schedule == schedule
+    for t in map(scalar, TIMES):
+        x = schedule.sigma(t) * noise(3, 7, 2)
+        torch.testing.assert_close(denoiser(x, t), expected(x, t), rtol=1e-9, atol=1e-9)
+
+
+def test_what_has_no_schedule_cannot_be_rescheduled(one_sentence):
+    with one_sentence("noise schedule", "from_denoiser"):
+        rescheduled(lambda x, t: x, EDM())
 
 
 def test_from_denoiser_passes_one_time_a_sample(noise):

@@ -10,7 +10,7 @@ import torch
 
 from s4s_core import plot
 from s4s_core.grid import GRIDS, LearnedGrid
-from s4s_core.schedule import EDM
+from s4s_core.schedule import EDM, RectifiedFlow, VPLinear
 
 matplotlib.use("Agg")
 SCHEDULE = EDM(T=80.0, t_min=0.002)
@@ -47,6 +47,29 @@ def test_grid_marks_the_times_told_to_the_network():
     ax = plot.plot_grid({"plain": GRIDS["logsnr"](SCHEDULE, 4), "learned": grid})
     (told,) = [line for line in ax.lines if line.get_marker() == "o"]
     np.testing.assert_allclose(told.get_xdata(), SCHEDULE.lam(grid.t_model).detach()[:-1])
+
+
+def test_trajectories_are_drawn_in_a_picture_that_no_schedule_changes():
+    y = torch.linspace(-1, 1, 5 * 3 * 2, dtype=torch.float64).reshape(5, 3, 2)
+    drawn = []
+    for schedule in (SCHEDULE, VPLinear(), RectifiedFlow()):
+        # The same y = x / alpha at the same s, whatever the schedule's time.
+        s = torch.logspace(1, -1, 5, dtype=torch.float64)
+        grid = SimpleNamespace(schedule=schedule, t=schedule.t_of_s(s))
+        path = grid, schedule.alpha(grid.t)[:, None, None] * y
+        ax = plot.plot_trajectories({"one": path, "two": path}, exact=path, data=y[0])
+        drawn.append(
+            np.array([line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 5])
+        )
+        texts = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert texts == ["exact", "one", "two"]
+        assert len({line.get_linestyle() for line in ax.get_legend().get_lines()}) > 1
+    lines = (y / (1 + s**2).sqrt()[:, None, None]).transpose(0, 1)
+    for xy in drawn:
+        np.testing.assert_allclose(xy, torch.cat([lines] * 3), rtol=1e-9)
+    ends = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata()) == 3]
+    np.testing.assert_allclose(ends[0].get_xydata(), lines[:, -1], rtol=1e-9)
+    assert abs(lines).max() < ax.get_xlim()[1] == ax.get_ylim()[1]
 
 
 def test_coefficients_are_shown_newest_first_and_blank_where_masked():

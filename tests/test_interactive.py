@@ -1,0 +1,207 @@
+"""Sliders redraw at once where a kernel and ipywidgets are; elsewhere a picture stands still."""
+
+import io
+import sys
+
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+
+import s4s_core as s4s
+from s4s_core import interactive
+
+matplotlib.use("Agg")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@pytest.fixture
+def front_end(monkeypatch):
+    """What a notebook would show, in a list; pictures as PNG, each update after them."""
+    import IPython
+    from IPython.display import Image
+
+    class Kernel:
+        kernel = object()
+
+    shown = []
+
+    def display(value, display_id=None):
+        if isinstance(value, Image):
+            value = value.data
+        shown.append(value)
+        return Handle if display_id else None
+
+    class Handle:
+        update = staticmethod(display)
+
+    monkeypatch.setattr(IPython, "get_ipython", Kernel)
+    monkeypatch.setattr(IPython.display, "display", display)
+    return shown
+
+
+def point(x, y):
+    figure, ax = plt.subplots(figsize=(2, 2))
+    ax.plot([x], [y], "ko", ms=20)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    return figure
+
+
+def png(figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def test_moving_a_slider_draws_the_new_value_and_keeps_the_others(front_end):
+    interactive.sliders(point, x=(0.0, 0.5, 1.0), y=(0.0, 0.25, 1.0))
+    controls, first = front_end
+    x, y = controls.children
+    assert (x.min, x.value, x.max, x.description) == (0, 0.5, 1, "x")
+    assert first == png(point(0.5, 0.25))
+    y.value = 0.75
+    x.value = 0.1
+    assert front_end[2] == png(point(0.5, 0.75))
+    assert front_end[3] == png(point(0.1, 0.75))
+    assert len(front_end) == 4
+
+
+@pytest.mark.parametrize("missing", ["ipywidgets", "kernel"])
+def test_without_a_front_end_the_picture_of_the_start_stands_alone(front_end, monkeypatch, missing):
+    if missing == "kernel":
+        monkeypatch.setattr("IPython.get_ipython", lambda: None)
+    else:
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    interactive.sliders(point, x=(0.0, 0.5, 1.0), y=(0.0, 0.25, 1.0))
+    (shown,) = front_end
+    assert shown == png(point(0.5, 0.25))
+
+
+def test_in_a_notebook_the_picture_itself_is_replaced():
+    cells = [
+        "import matplotlib.pyplot as plt\nfrom s4s_core.interactive import sliders\n"
+        "def draw(x):\n    plt.figure(figsize=(1 + x, 1))\n    return plt.gcf()\n"
+        "sliders(draw, x=(0.0, 0.0, 1.0))",
+        "from ipywidgets import FloatSlider\nfrom ipywidgets.widgets.widget import _instances\n"
+        "(x,) = [w for w in _instances.values() if isinstance(w, FloatSlider)]",
+        "x.value = 1.0",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    client = NotebookClient(notebook, kernel_name="python3")
+    with client.setup_kernel():
+        client.execute_cell(notebook.cells[0], 0)
+        box, before = notebook.cells[0].outputs
+        assert WIDGET in box.data and before.data["image/png"]
+        before = before.data["image/png"]
+        client.execute_cell(notebook.cells[1], 1)
+        client.execute_cell(notebook.cells[2], 2)
+    _, after = notebook.cells[0].outputs
+    assert after.data["image/png"] != before
+    assert not notebook.cells[2].outputs
+
+
+@pytest.fixture
+def setup(mixture):
+    return mixture()
+
+
+def solver(setup, nfe=4, order=2):
+    grid = s4s.time_logsnr(setup.schedule, nfe)
+    return s4s.Solver(s4s.ipndm(grid, order), grid)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The paths that were drawn, and the titles."""
+    from s4s_core import plot
+
+    paths, draw = [], plot.plot_trajectories
+
+    def record(named, *others):
+        paths.append(*named.values())
+        return draw(named, *others)
+
+    monkeypatch.setattr(plot, "plot_trajectories", record)
+    return paths
+
+
+def test_sliders_move_the_times_of_a_solver_and_leave_its_table(setup, front_end, drawn):
+    start = solver(setup)
+    interactive.explore_times(setup, start, seeds=range(3))
+    controls = front_end[0].children
+    np.testing.assert_allclose([c.value for c in controls], start.grid.lam[1:-1])
+    torch.testing.assert_close(drawn[0][1], s4s.sample_path(setup, start, range(3))[1])
+    controls[0].value = controls[2].value + 0.5  # past its neighbours: they change places
+    moved = sorted(c.value for c in controls)
+    torch.testing.assert_close(drawn[1][0].lam[1:-1].tolist(), moved, atol=1e-5, rtol=0)
+    grid = drawn[1][0]
+    expected = s4s.Solver(start.coefficients, grid)
+    assert torch.equal(drawn[1][1], s4s.sample_path(setup, expected, range(3))[1])
+    controls[0].value = controls[1].value  # no grid has two equal times
+    assert (drawn[2][0].lam.diff() > 0).all()
+
+
+def test_times_told_to_the_network_move_along(setup, front_end, drawn):
+    grid = s4s.time_logsnr(setup.schedule, 4)
+    xi_c = torch.tensor([0.0, 0.2, -0.1, 0.3, 0.0], dtype=torch.float64)
+    learned = s4s.LearnedGrid(setup.schedule, torch.zeros(5, dtype=torch.float64), xi_c).grid()
+    interactive.explore_times(setup, s4s.Solver(s4s.ddim(grid), learned), seeds=[0])
+    front_end[0].children[1].value += 0.4
+    lam = setup.schedule.lam
+    for path in drawn:
+        torch.testing.assert_close(lam(path[0].t_model) - path[0].lam, xi_c)
+
+
+def test_sliders_change_the_table_of_a_solver(setup, front_end, drawn):
+    start = solver(setup)
+    interactive.explore_coefficients(setup, start, step=3, seeds=range(3))
+    newest, older = front_end[0].children
+    assert (newest.value, older.value) == (1.5, -0.5)
+    assert (newest.description, older.description) == ("step 3, newest", "step 3, −1")
+    older.value = 0.25
+    b = start.coefficients.b.clone()
+    b[2, 1] = 0.25
+    expected = s4s.Solver(s4s.Coefficients(b), start.grid)
+    assert torch.equal(drawn[1][1], s4s.sample_path(setup, expected, range(3))[1])
+    assert start.coefficients.b[2, 1] == -0.5
+
+
+def test_without_a_step_every_coefficient_has_a_slider(setup, front_end):
+    start = solver(setup)
+    interactive.explore_coefficients(setup, start, seeds=range(2))
+    assert len(front_end[0].children) == s4s.count_parameters(start.coefficients) == 7
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_step_that_is_not_there_is_refused(setup, one_sentence, step):
+    with one_sentence("step", "from 1 to 4", str(step)):
+        interactive.explore_coefficients(setup, solver(setup), step=step)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "said"),
+    [
+        (None, 3, "not yet: set answer"),
+        (3, 3, "right\n"),
+        (2.97, 3, "right\n"),
+        (2.9, 3, "not yet: 2.9 is not it"),
+        ("edm", "edm", "right\n"),
+        ("logsnr", "edm", "not yet: 'logsnr' is not it (look again)"),
+        ([1, 2], [1, 2], "right\n"),
+        (4, lambda n: n % 2 == 0, "right\n"),
+        (5, lambda n: n % 2 == 0, "not yet: 5 is not it"),
+    ],
+)
+def test_answers_are_told_right_from_wrong(capsys, answer, right, said):
+    interactive.check(answer, right, "look again")
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_source_is_that_of_the_real_function():
+    shown = interactive.source(s4s.ddim, s4s.EDM)
+    assert shown.startswith("```python\ndef ddim(grid") and shown.endswith("\n```")
+    assert "None, prediction)\n\n@dataclass(frozen=True)\nclass EDM" in shown
+    assert shown._repr_markdown_() == shown
