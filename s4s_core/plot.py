@@ -5,7 +5,7 @@ repeat what the colour says, so that a picture also reads in grey.
 """
 
 import csv
-from itertools import cycle
+from itertools import combinations, cycle
 from pathlib import Path
 
 import matplotlib as mpl
@@ -332,6 +332,31 @@ def best(rows, of, within=("method", "nfe"), value="frechet") -> list[dict]:
         settings = _grouped(group, of).values()
         chosen += min(settings, key=lambda runs: np.mean([run[value] for run in runs]))
     return chosen
+
+
+def agreement(rows, paper: dict, by="method", within="nfe", value="frechet", digits=2) -> Table:
+    """How many pairs of settings of `by` come in the paper's order, and which do not.
+
+    paper  value of `within` -> the settings as the paper ranks them, best first
+    "clearly" means that the worst seed of one still beats the best seed of the other.
+    """
+    values = {k: [r[value] for r in runs] for k, runs in _grouped(rows, (within, by)).items()}
+    pairs = [
+        (at, values[at, first], values[at, second], first, second)
+        for at, order in paper.items()
+        for first, second in combinations(order, 2)
+        if (at, first) in values and (at, second) in values
+    ]
+    clear, contrary = 0, []
+    for at, a, b, first, second in pairs:
+        clear += max(a) < min(b)
+        if np.mean(a) >= np.mean(b):
+            means = f"{second} {np.mean(b):.{digits}f} before {first} {np.mean(a):.{digits}f}"
+            clearly = ", clearly" if max(b) < min(a) else ""
+            contrary.append(f"- {within.upper()} {at}: {means}{clearly}")
+    text = f"{value}: {len(pairs) - len(contrary)} of {len(pairs)} pairs come in the paper's order"
+    text += f", {clear} clearly" + ("; the others do not\n" if contrary else "")
+    return Table("\n".join([text, *contrary]))
 
 
 def calls_to_match(rows, method: str, nfe: int, value="frechet", digits=2) -> Table:

@@ -295,3 +295,17 @@ def test_calls_to_match_takes_the_fewest_or_says_that_none_suffice():
         "| BNS | 8 | 3.00 | no | 80 |",
         "| LD3 | 5 | 2.00 | yes | 50 |",
     ]
+
+
+def test_agreement_counts_pairs_and_names_those_in_another_order():
+    rows = runs("a", 4, 1.0, 2.0) + runs("b", 4, 2.5, 4.0) + runs("c", 4, 2.0, 3.0)
+    rows += runs("a", 6, 5.0) + runs("b", 6, 4.0)
+    paper = {4: ["a", "b", "c", "nowhere"], 6: ["a", "b"], 8: ["a", "b"]}
+    assert plot.agreement(rows, paper).splitlines() == [
+        "frechet: 2 of 4 pairs come in the paper's order, 1 clearly; the others do not",
+        "",
+        "- NFE 4: c 2.50 before b 3.25",
+        "- NFE 6: b 4.00 before a 5.00, clearly",
+    ]
+    (sentence,) = plot.agreement(rows[:4], paper).splitlines()
+    assert sentence == "frechet: 1 of 1 pairs come in the paper's order, 1 clearly"
