@@ -109,6 +109,18 @@ def plot_trajectories(paths: dict, exact=None, data=None, ax=None):
     return ax
 
 
+def path_rows(paths: dict) -> list[dict]:
+    """One flat record for each point that `plot_trajectories` draws, for `save`."""
+    return [
+        {"path": name, "sample": b, "step": i, "t": t, "x": x.item(), "y": y.item()}
+        for name, path in paths.items()
+        for i, (t, points) in enumerate(
+            zip(path[0].t.tolist(), _in_view(path).swapaxes(0, 1), strict=True)
+        )
+        for b, (x, y) in enumerate(points.T)
+    ]
+
+
 @mpl.rc_context(STYLE)
 def plot_coefficients(coefficients, ax=None):
     """The tables b: one row for each step, the newest evaluation first, blank where there is none.

@@ -70,6 +70,10 @@ def test_trajectories_are_drawn_in_a_picture_that_no_schedule_changes():
     ends = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata()) == 3]
     np.testing.assert_allclose(ends[0].get_xydata(), lines[:, -1], rtol=1e-9)
     assert abs(lines).max() < ax.get_xlim()[1] == ax.get_ylim()[1]
+    rows = plot.path_rows({"one": path})
+    assert [row["t"] for row in rows[::3]] == path[0].t.tolist()
+    points = [[row["x"], row["y"]] for row in rows if (row["path"], row["sample"]) == ("one", 1)]
+    np.testing.assert_allclose(points, lines[1], rtol=1e-9)
 
 
 def test_coefficients_are_shown_newest_first_and_blank_where_masked():
