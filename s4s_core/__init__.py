@@ -86,6 +86,7 @@ from .teacher import (
     TeacherSet,
     exact_path,
     generate,
+    global_error,
     initial_noise,
     make_teacher_set,
     sample_path,

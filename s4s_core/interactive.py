@@ -143,7 +143,7 @@ def check(answer, right, hint: str = "") -> None:
     elif right(answer) if callable(right) else _agree(answer, right):
         print("right")
     else:
-        print(f"not yet: {answer!r} is not it", *([f"({hint})"] if hint else []))
+        print("not yet: that is not it", *([f"({hint})"] if hint else []))
 
 
 def _agree(answer, right) -> bool:

@@ -57,6 +57,17 @@ def exact_path(
     return grid, sample_path(setup, solver, seeds)[1][::parts]
 
 
+def global_error(setup, solver: Solver, seeds: Sequence[int], x_0: Tensor | None = None) -> Tensor:
+    """|Psi(x_T) - x_0| of the noises of these seeds, (len(seeds),) (Sec. 2.2).
+
+    x_0  the ends of the exact flow, where they are known already
+    """
+    if x_0 is None:
+        x_0 = exact_path(setup, seeds)[1][-1]
+    x = solver.sample(setup.denoiser_for(seeds), initial_noise(setup, seeds))
+    return (x - x_0).flatten(1).norm(dim=1)
+
+
 def generate(solver: Solver, setup, seeds: Iterable[int], label: str = "sampling"):
     """Yield batches of samples (B, *setup.shape) in the order of the seeds, with a progress bar.
 

@@ -187,12 +187,12 @@ def test_a_step_that_is_not_there_is_refused(setup, one_sentence, step):
         (None, 3, "not yet: set answer"),
         (3, 3, "right\n"),
         (2.97, 3, "right\n"),
-        (2.9, 3, "not yet: 2.9 is not it"),
+        (2.9, 3, "not yet: that is not it"),
         ("edm", "edm", "right\n"),
-        ("logsnr", "edm", "not yet: 'logsnr' is not it (look again)"),
+        ("logsnr", "edm", "not yet: that is not it (look again)"),
         ([1, 2], [1, 2], "right\n"),
         (4, lambda n: n % 2 == 0, "right\n"),
-        (5, lambda n: n % 2 == 0, "not yet: 5 is not it"),
+        (5, lambda n: n % 2 == 0, "not yet: that is not it"),
     ],
 )
 def test_answers_are_told_right_from_wrong(capsys, answer, right, said):

@@ -110,6 +110,19 @@ def test_a_sample_path_ends_at_the_sample_and_has_a_state_for_each_call(mixture)
         assert torch.equal(x[-1], solver.sample(setup.denoiser, x_T)) and torch.equal(x[0], x_T)
 
 
+def test_the_global_error_is_the_distance_between_the_ends(mixture):
+    setup, seeds = mixture(), range(4)
+    grid = s4s.time_logsnr(setup.schedule, 5)
+    solver = s4s.Solver(s4s.ddim(grid), grid)
+    ends = [
+        path[1][-1]
+        for path in (s4s.sample_path(setup, solver, seeds), s4s.exact_path(setup, seeds))
+    ]
+    error = s4s.global_error(setup, solver, seeds)
+    torch.testing.assert_close(error, (ends[0] - ends[1]).norm(dim=1))
+    assert torch.equal(s4s.global_error(setup, solver, seeds, ends[0]), torch.zeros(4).double())
+
+
 def test_teacher_sets_share_no_noise_with_each_other_or_with_evaluation(mixture):
     setup = mixture(teacher_nfe=3)
     sets = [make_teacher_set(setup, 4, 4, seed).x_T for seed in range(3)]
