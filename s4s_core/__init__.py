@@ -101,6 +101,7 @@ _EXPERIMENT = (
     "results_folder",
     "run",
     "run_all",
+    "settings_of",
     "start",
     "sweep",
 )

@@ -106,7 +106,7 @@ class Experiment:
 
     dataset  a file in params/            grid   a name in GRID_NAMES; "ld3" is learned
     solver   a name in SOLVERS, or V3     order  evaluations a step may use, at most nfe
-    learn    a name in LEARN              seed   of the teacher set and of the batches
+    learn    a name in LEARN              seed   of teacher set, batches and "gaussian"
     settings replaces entries of params/<dataset>.yaml by name; None leaves one as it is
 
     Raises UsageError for a name, type or combination that cannot be run.
@@ -183,27 +183,40 @@ class Experiment:
 
 
 def check_lists(**lists) -> None:
-    """UsageError unless every argument is a list, of whole numbers or of names."""
+    """UsageError unless every argument is a list, of numbers or of names."""
     for name, values in lists.items():
         kinds = {type(v) for v in values} if isinstance(values, list) else set()
-        if kinds not in ({int}, {str}):
+        if not kinds or not (kinds <= {int, float} or kinds == {str}):
             raise UsageError(
-                f"{name} must be a list of whole numbers or of names, not {values!r}; with "
-                f"papermill write -y '{name}: [...]', since -p passes a list as text"
+                f"{name} must be a list of whole numbers, of decimal numbers or of names, not "
+                f"{values!r}; with papermill write -y '{name}: [...]', since -p passes a list as "
+                "text"
             )
+
+
+def settings_of(dataset: str, settings: dict) -> dict:
+    """The dataset's part of settings by dataset, {} without one; UsageError where they are not."""
+    for name, chosen in settings.items() if isinstance(settings, dict) else [(None, settings)]:
+        if name not in zoo.datasets() or not isinstance(chosen, dict):
+            raise UsageError(
+                f"settings must map datasets to settings, as in {{{dataset}: {{epochs: 3}}}}, not "
+                f"{settings!r}; datasets are {', '.join(zoo.datasets())}"
+            )
+    return settings.get(dataset, {})
 
 
 def sweep(settings: dict | None = None, **choices) -> list[Experiment]:
     """The experiments of every combination: each choice is a field's value or a list of values.
 
-    The last choice varies fastest. A published solver on a grid that no seed has a part in is
-    listed once, for the first seed. Raises UsageError as Experiment does.
+    The last choice varies fastest. A published solver that no seed has a part in, nor in its grid,
+    is listed once, for the first seed. Raises UsageError as Experiment does.
     """
     lists = {k: v if isinstance(v, list) else [v] for k, v in choices.items()}
     found = []
     for values in product(*lists.values()):
         experiment = Experiment(**dict(zip(lists, values, strict=True)), settings=settings or {})
-        fixed = experiment.learn == "none" and experiment.grid != "ld3" and experiment.solver != V3
+        seeded = experiment.grid == "ld3" or experiment.solver in (V3, "gaussian")
+        fixed = experiment.learn == "none" and not seeded
         if not fixed or experiment.seed == lists.get("seed", [0])[0]:
             found.append(experiment)
     return found
@@ -333,7 +346,7 @@ def _table(experiment: Experiment, grid: TimeGrid) -> Coefficients | SingleStepC
         statistics, _ = _statistics(_setup(experiment), experiment.seed)
         return dpm_solver_v3(grid, statistics, experiment.order)
     order = min(experiment.order, HIGHEST_ORDER.get(experiment.solver, experiment.order))
-    table = zoo.published(experiment.solver, grid, order, experiment.params)
+    table = zoo.published(experiment.solver, grid, order, experiment.params, experiment.seed)
     if experiment.solver in SINGLE_STEP:
         return table
     return table.widen(experiment.order, min(experiment.params.states, grid.nfe))

@@ -163,12 +163,15 @@ def plot_coefficients(coefficients, ax=None):
 
 
 @mpl.rc_context(STYLE)
-def plot_metric(rows, x="nfe", y="frechet", by="solver", ax=None, ylabel=None, log=True, line=None):
+def plot_metric(
+    rows, x="nfe", y="frechet", by="solver", ax=None, ylabel=None, log=True, line=None, log_x=False
+):  # fmt: skip
     """Curves of the mean of `y` over rows that agree in `by` and `x`; the band is min to max.
 
     rows  dictionaries, one for each run; seeds are what differs within a group
     by    key of a row, or a tuple of keys, that tells the curves apart by colour and marker
     line  a further key that tells them apart by the style of the line; by default as `by`
+    log, log_x  logarithmic axes; that of x has room for 0
     Raises KeyError where a row lacks `x`, `y` or a key of `by` or `line`.
     """
     ax = _axes(ax, (5.5, 3.6))
@@ -190,9 +193,61 @@ def plot_metric(rows, x="nfe", y="frechet", by="solver", ax=None, ylabel=None, l
                 ls=LINES[dashes % len(LINES)], ms=5.5)  # fmt: skip
     if log:
         ax.set_yscale("log")
-    ax.set_xticks(sorted({row[x] for row in rows}))
+    at = sorted({row[x] for row in rows})
+    if log_x and at[-1] > 0:
+        ax.set_xscale("symlog", linthresh=min(p for p in at if p > 0), linscale=0.5)
+        ax.minorticks_off()
+    ax.set_xticks(at, [f"{p:.2g}" if isinstance(p, float) else str(p) for p in at])
     ax.grid(axis="y", color=PALE, lw=0.6)
     ax.set(xlabel=x.upper() if x == "nfe" else x, ylabel=ylabel or y)
+    ax.legend()
+    return ax
+
+
+def principal_components(rows, of="b") -> tuple[list[dict], np.ndarray]:
+    """The first two principal components of the rows' vectors, and their shares of the variance.
+
+    rows  dictionaries, each with an array of numbers under `of`, all of one shape
+    Returns the rows with "pc1" and "pc2" in place of `of`, and two fractions of 1.
+    """
+    from sklearn.decomposition import PCA
+
+    pca = PCA(2)
+    points = pca.fit_transform(np.stack([_numpy(row[of]).ravel() for row in rows]))
+    found = [
+        {key: value for key, value in row.items() if key != of} | {"pc1": float(u), "pc2": float(v)}
+        for row, (u, v) in zip(rows, points, strict=True)
+    ]
+    return found, pca.explained_variance_ratio_
+
+
+@mpl.rc_context(STYLE)
+def plot_pca(rows, shares, by="step", line="seed", reference="iPNDM", ax=None):
+    """Paths in the plane of `principal_components`, darker where `by` is earlier.
+
+    by    key of a row, whole numbers: where on its path a point lies
+    line  key that tells the paths apart, by marker; the row that has `reference` there is a star
+    """
+    ax = _axes(ax, (5.6, 4.0))
+    learned = [row for row in rows if row[line] != reference]
+    at = sorted({row[by] for row in learned})
+    colors = mpl.colors.ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.95, len(at))))
+    norm = mpl.colors.BoundaryNorm([p - 0.5 for p in at] + [at[-1] + 0.5], len(at))
+    for name, marker in zip(dict.fromkeys(row[line] for row in learned), cycle(MARKERS)):
+        path = sorted((row for row in learned if row[line] == name), key=lambda row: row[by])
+        u, v = [row["pc1"] for row in path], [row["pc2"] for row in path]
+        ax.plot(u, v, "-", color=PALE, lw=1, zorder=1)
+        points = ax.scatter(u, v, s=55, c=[row[by] for row in path], cmap=colors, norm=norm,
+                            marker=marker, ec=INK, lw=0.6, label=f"{line} {name}")  # fmt: skip
+    for row in rows:
+        if row[line] == reference:
+            ax.plot(row["pc1"], row["pc2"], "*", color=COLORS[1], ms=16, mec=INK, label=reference)
+    ax.set(
+        xlabel=f"first component ({shares[0]:.0%} of variance)",
+        ylabel=f"second component ({shares[1]:.0%})",
+    )
+    ax.locator_params(nbins=6)
+    ax.figure.colorbar(points, ax=ax, ticks=at, label=by)
     ax.legend()
     return ax
 
@@ -395,13 +450,14 @@ def calls_to_match(rows, method: str, nfe: int, value="frechet", digits=2) -> Ta
 def save(figure, path: str, rows=()) -> None:
     """Write the figure to `path` (.svg or .png), and the rows it draws to a CSV beside it.
 
-    An empty path writes nothing, so that a notebook's parameter can decide.
+    An empty path writes nothing, so that a notebook's parameter can decide. What a row lacks of
+    the others' keys is left blank.
     """
     if not path:
         return
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path[-3:] == "svg" else {})
     if rows:
         with open(Path(path).with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
             writer.writeheader()
             writer.writerows(rows)

@@ -250,10 +250,13 @@ class Setup:
         return feature_sums(self.features, data.to(self.device).split(1000))
 
 
-def published(name: str, grid, order: int, params: Params):
-    """The table of a published solver, in the variant that `params` name."""
-    options = {"variant": params.unipc_variant} if name == "unipc" else {}
-    return one_of("solver", name, SOLVERS)(grid, order, **options)
+def published(name: str, grid, order: int, params: Params, seed: int = 0):
+    """The table of a published solver, in the variant that `params` name.
+
+    `seed` draws the weights of "gaussian"; the others have nothing random.
+    """
+    options = {"unipc": {"variant": params.unipc_variant}, "gaussian": {"seed": seed}}
+    return one_of("solver", name, SOLVERS)(grid, order, **options.get(name, {}))
 
 
 def load(dataset: str = "digits", device: str | None = None) -> Setup:

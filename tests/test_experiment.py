@@ -18,6 +18,7 @@ from s4s_core import (
     UsageError,
     datasets,
     experiment,
+    gaussian,
     ipndm,
     load_params,
     read_params,
@@ -220,6 +221,14 @@ def test_learning_starts_at_the_published_solver():
     assert wide.coefficients.order == 6
     assert torch.equal(wide.coefficients.b[:, :4], ipndm(wide.grid, 4).b)
     assert not wide.coefficients.b[:, 4:].any()
+
+
+def test_each_seed_draws_gaussian_weights_of_its_own():
+    grid = start(tiny()).grid
+    for seed in (0, 1):
+        drawn = start(tiny(solver="gaussian", seed=seed)).coefficients.b
+        assert torch.equal(drawn, gaussian(grid, 2, seed).b)
+    assert torch.equal(start(tiny(seed=0)).coefficients.b, start(tiny(seed=1)).coefficients.b)
 
 
 def test_the_ld3_grid_is_learned_once_for_all_orders(results):
@@ -568,6 +577,13 @@ def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
     assert error.value.best.nfe in (2, 3)
 
 
+def test_a_list_is_of_numbers_or_of_names(one_sentence):
+    s4s.check_lists(nfes=[3, 4], gammas=[0.0, 1, 2.5], grids=["edm"])
+    for wrong in ("[3, 4]", 3, [], [3, "edm"], [True], [None]):
+        with one_sentence("nfes must be a list of whole numbers, of decimal numbers or of names"):
+            s4s.check_lists(nfes=wrong)
+
+
 def test_a_sweep_is_every_combination_and_lists_what_no_seed_changes_once():
     found = s4s.sweep(
         {"fid_samples": 9}, dataset="mixture", grid=["edm", "ld3"], solver="ipndm", nfe=[3, 4],
@@ -580,8 +596,17 @@ def test_a_sweep_is_every_combination_and_lists_what_no_seed_changes_once():
                                 ("edm", 3, "coefficients", 6)]  # fmt: skip
     assert ("ld3", 4, "none", 6) in combinations and ("edm", 4, "none", 6) not in combinations
     assert [e.seed for e in s4s.sweep(dataset="mixture", nfe=3)] == [0]
+    assert len(s4s.sweep(dataset="mixture", solver="gaussian", seed=[0, 1])) == 2
 
 
 def test_a_slip_in_a_sweep_is_one_sentence(one_sentence):
     with one_sentence("unknown grid 'edn'"):
         s4s.sweep(dataset="mixture", grid=["edm", "edn"], nfe=3)
+
+
+@pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"digits": 3}, 7, {"digitz": {}}])
+def test_settings_of_a_dataset_are_looked_up_by_its_name(one_sentence, settings):
+    assert s4s.settings_of("digits", {"digits": {"epochs": 3}, "mixture": {}}) == {"epochs": 3}
+    assert s4s.settings_of("mixture", {"digits": {"epochs": 3}}) == {}
+    with one_sentence("settings must map datasets to settings", repr(settings), "mixture"):
+        s4s.settings_of("mixture", settings)

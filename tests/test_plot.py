@@ -215,6 +215,56 @@ def test_compare_names_the_best_and_says_whether_the_seeds_agree():
     assert not any(line.startswith("| none | 4 |") for line in lines)  # one order alone
 
 
+def test_a_logarithmic_axis_of_x_has_room_for_zero():
+    rows = [{"r": r, "frechet": 1.0, "solver": "ipndm"} for r in (0.0, 0.00637, 0.0637, 0.637)]
+    ax = plot.plot_metric(rows, x="r", log_x=True)
+    at = ax.transData.transform([(row["r"], 1.0) for row in rows])[:, 0]
+    np.testing.assert_allclose(np.diff(at)[1:], np.diff(at)[1])
+    assert np.diff(at)[0] > 0
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.0064", "0.064", "0.64"]
+
+
+def vectors(seed=0):
+    """A star and two paths of five points in a plane of R^6, away from the origin."""
+    generator = np.random.default_rng(seed)
+    plane, center = generator.normal(size=(2, 6)), generator.normal(size=6)
+    names = ["iPNDM"] + 5 * [0] + 5 * [1]
+    steps = [5, *range(1, 6), *range(1, 6)]
+    weights = generator.normal(size=(11, 2))
+    return [
+        {"seed": name, "step": step, "b": torch.tensor(w @ plane + center).view(2, 3)}
+        for name, step, w in zip(names, steps, weights, strict=True)
+    ]
+
+
+def test_principal_components_keep_the_distances_of_points_in_a_plane():
+    rows, shares = plot.principal_components(vectors())
+    assert list(rows[0]) == ["seed", "step", "pc1", "pc2"]
+    flat = np.array([[row["pc1"], row["pc2"]] for row in rows])
+    given = np.stack([row["b"].numpy().ravel() for row in vectors()])
+    for i, j in [(0, 1), (3, 8), (2, 10)]:
+        expected = np.linalg.norm(given[i] - given[j])
+        assert np.linalg.norm(flat[i] - flat[j]) == pytest.approx(expected)
+    assert flat[:, 0].var() > flat[:, 1].var()
+    np.testing.assert_allclose(shares, flat.var(0) / flat.var(0).sum())
+
+
+def test_the_plane_of_components_shows_paths_darker_where_earlier_and_a_star():
+    rows, shares = plot.principal_components(vectors())
+    ax = plot.plot_pca(rows, shares)
+    for name, points in zip((0, 1), ax.collections, strict=True):
+        path = [row for row in rows if row["seed"] == name]
+        drawn = [[row["pc1"], row["pc2"]] for row in path]
+        np.testing.assert_allclose(points.get_offsets(), drawn)
+        points.update_scalarmappable()
+        lightness = points.get_facecolors()[:, :3] @ [0.299, 0.587, 0.114]
+        assert (np.diff(lightness) > 0).all()
+    (star,) = [line for line in ax.lines if line.get_marker() == "*"]
+    np.testing.assert_allclose(star.get_xydata(), [[rows[0]["pc1"], rows[0]["pc2"]]])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["seed 0", "seed 1", "iPNDM"]
+    assert f"{shares[0]:.0%} of variance" in ax.get_xlabel()
+
+
 def test_save_writes_the_figure_and_its_rows_and_nothing_for_an_empty_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     figure = plot.plot_metric(ROWS, by=("method", "order")).figure
@@ -223,6 +273,8 @@ def test_save_writes_the_figure_and_its_rows_and_nothing_for_an_empty_path(tmp_p
     plot.save(figure, "order.svg", ROWS)
     assert (tmp_path / "order.svg").read_text().startswith("<?xml")
     assert (tmp_path / "order.csv").read_text().splitlines()[1] == "S4S,3,4,0,7.0"
+    plot.save(figure, "mixed.svg", [{"step": 1, "pc1": 0.5}, {"epoch": 2, "pc1": 1.5}])
+    assert (tmp_path / "mixed.csv").read_text().split() == ["step,pc1,epoch", "1,0.5,", ",1.5,2"]
 
 
 def test_cells_better_counts_means_and_names_the_rest():

@@ -106,7 +106,7 @@ SMALL = {
 def test_a_pretrained_model_runs_through_the_order_ablation(tmp_path, folders, dataset):
     done, out = papermill(
         tmp_path, "ablation_order", folders, dataset=dataset, orders="[3]", nfes="[3]",
-        seeds="[0]", settings=json.dumps(SMALL),
+        seeds="[0]", settings=json.dumps({dataset: SMALL}),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = str([cell.get("outputs") for cell in nbformat.read(out, 4).cells])
