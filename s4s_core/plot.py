@@ -430,12 +430,14 @@ def calls_to_match(rows, method: str, nfe: int, value="frechet", digits=2) -> Ta
     """The fewest calls with which each other method is as good as `method` with `nfe` (Table 12).
 
     Means over seeds. A method that is never as good is shown at its best. Seconds are those of
-    learning at that number of calls. KeyError where there are no such runs to be matched.
+    learning at that number of calls. ValueError where there are no such runs to be matched.
     """
     mean = {
         key: [np.mean([row[k] for row in runs]) for k in (value, "seconds")]
         for key, runs in _grouped(rows, ("method", "nfe")).items()
     }
+    if (method, nfe) not in mean:
+        raise ValueError(f"there are no runs of {method} with {nfe} calls to be matched")
     target = mean[method, nfe][0]
     lines = [["method", "NFE", value, "matches", "seconds of learning"], ["---"] * 5]
     for name in dict.fromkeys([method, *(m for m, _ in mean)]):

@@ -351,6 +351,8 @@ def test_calls_to_match_takes_the_fewest_or_says_that_none_suffice():
         "| BNS | 8 | 3.00 | no | 80 |",
         "| LD3 | 5 | 2.00 | yes | 50 |",
     ]
+    with pytest.raises(ValueError, match="no runs of Alt with 4 calls"):
+        plot.calls_to_match(rows, "Alt", 4)
 
 
 def test_agreement_counts_pairs_and_names_those_in_another_order():
