@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from .base import UsageError, progress
 from .check import check_denoiser
+from .density import Divergence, compare_densities, invert, jacobian, log_abs_det
 from .download import fetch, file_sha256
 from .dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from .evaluate import (
@@ -50,6 +51,7 @@ from .model import (
     from_noise_prediction,
     from_velocity,
     guided,
+    in_precision,
     rematerialized,
     rescheduled,
 )
@@ -79,6 +81,8 @@ from .solver import (
     exponential_adams,
     gaussian,
     ipndm,
+    local_errors,
+    locally_optimal,
     trajectory,
     unipc,
 )

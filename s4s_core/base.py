@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,6 +20,15 @@ def one_of(kind: str, name, allowed):
     if not isinstance(name, str) or name not in allowed:
         raise UsageError(f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(allowed))}")
     return allowed[name] if isinstance(allowed, dict) else name
+
+
+@contextmanager
+def needing(packages: str, purpose: str):
+    """Around the imports of packages that not everybody has: UsageError says how to have them."""
+    try:
+        yield
+    except ImportError:
+        raise UsageError(f"{purpose} needs more packages: pip install {packages}") from None
 
 
 def write_atomically(path, content: bytes) -> None:

@@ -54,10 +54,13 @@ class ModelStatistics:
         return tables[:, right - 1].lerp(tables[:, right], u.view(-1, *[1] * (self.l.ndim - 1)))
 
 
-def model_statistics(setup, x_0: Tensor, points: int = 60, seed: int = 0) -> ModelStatistics:
+def model_statistics(
+    setup, x_0: Tensor, points: int = 60, seed: int = 0, seeds: Tensor | None = None
+) -> ModelStatistics:
     """The statistics of setup.denoiser at `points` values of lam, evenly from T to t_min.
 
-    x_0 (n, *setup.shape): clean samples, the teacher's or data. Every point takes x_t from the
+    x_0 (n, *setup.shape): clean samples, the teacher's or data; `seeds` (n,) are those of their
+    conditions, if the model has any. Every point takes x_t from the
     same noise and traces the Jacobian with the same signs, so that l is smooth in lam. Costs
     2 points * n calls in forward mode, each some 3 plain ones. Zheng et al. (App. C) take 1200
     points and 4096 samples on CIFAR-10, 250 and 1024 for Stable Diffusion. Raises UsageError for
@@ -70,16 +73,19 @@ def model_statistics(setup, x_0: Tensor, points: int = 60, seed: int = 0) -> Mod
             f"the statistics need at least 4 points and 2 samples of shape {tuple(setup.shape)}, "
             f"not {points} points and x_0 of shape {tuple(x_0.shape)}"
         )
+    if setup.condition is not None and seeds is None:
+        raise UsageError(f"{setup.name} needs each sample's condition: give the seeds of x_0")
     lam = time_logsnr(setup.schedule, points - 1).lam
     generator, x_0 = torch.Generator().manual_seed(seed), x_0.double().cpu()
     noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
     signs = 2 * torch.randint(2, x_0.shape, generator=generator).double() - 1
-    batches = [x.split(setup.params.sample_batch_size) for x in (x_0, noise, signs)]
+    seeds = torch.zeros(len(x_0)) if seeds is None else seeds
+    batches = [x.split(setup.params.sample_batch_size) for x in (seeds, x_0, noise, signs)]
     slope, mean, covariance = [], [], []
     for point in progress(lam, desc="model statistics"):
         found = [
-            _predictions(setup, point, *(x.to(setup.device) for x in batch))
-            for batch in zip(*batches, strict=True)
+            _predictions(setup, point, batch.tolist(), *(x.to(setup.device) for x in pairs))
+            for batch, *pairs in zip(*batches, strict=True)
         ]
         *predictions, trace = (torch.cat(values).cpu() for values in zip(*found, strict=True))
         predictions = torch.stack(predictions)
@@ -107,12 +113,13 @@ def model_statistics(setup, x_0: Tensor, points: int = 60, seed: int = 0) -> Mod
 
 
 @torch.no_grad()
-def _predictions(setup, lam: Tensor, x_0: Tensor, noise: Tensor, signs: Tensor):
+def _predictions(setup, lam: Tensor, seeds: list, x_0: Tensor, noise: Tensor, signs: Tensor):
     """y, D, dD/dlam along the ODE, and one estimate of the diagonal of dD/dy, each like x_0."""
+    denoiser = setup.denoiser_for(seeds)
 
     def D(y: Tensor, lam: Tensor) -> Tensor:
         t = setup.schedule.t_of_lam(lam)
-        return setup.denoiser(setup.schedule.alpha(t).to(y.device) * y, t)
+        return denoiser(setup.schedule.alpha(t).to(y.device) * y, t)
 
     y = x_0 + (-lam).exp().item() * noise
     with sdpa_kernel(SDPBackend.MATH):  # the attention that has a forward mode on every device

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import UsageError, progress
+from .base import UsageError, needing, progress
 from .download import fetch, home
 
 INCEPTION_URL = (
@@ -165,12 +165,8 @@ def inception_features(
 
 
 def _torch_fidelity():
-    try:
+    with needing("torch-fidelity torchvision", "FID"):
         from torch_fidelity import feature_extractor_inceptionv3
-    except ImportError:
-        raise UsageError(
-            "FID needs the torch-fidelity package: pip install torch-fidelity torchvision"
-        ) from None
     return feature_extractor_inceptionv3
 
 

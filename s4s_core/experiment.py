@@ -71,7 +71,6 @@ LEARN = {
     "generalised": learn_generalised,
 }
 V3 = "dpm_solver_v3"  # no entry of SOLVERS: its table needs statistics of the model
-load = cache(zoo.load)
 
 
 def _dmn(setup: zoo.Setup, nfe: int) -> TimeGrid:
@@ -173,7 +172,7 @@ class Experiment:
         return {
             **what,
             "params": asdict(self.params),
-            "weights": load(self.dataset).weights,
+            "weights": _setup(self).weights,
             "version": __version__,
         }
 
@@ -385,8 +384,16 @@ def _setup(experiment: Experiment) -> zoo.Setup:
 
 @cache
 def _setup_with(dataset: str, settings: str) -> zoo.Setup:
-    setup = load(dataset)
-    return replace(setup, params=setup.params.override(**json.loads(settings)))
+    given = json.loads(settings)
+    of_model = {k: given[k] for k in zoo.OF_THE_MODEL if given.get(k) is not None}
+    model = _model(dataset, json.dumps(of_model))
+    return replace(model, params=zoo.load_params(dataset).override(**given))
+
+
+@cache
+def _model(dataset: str, settings: str) -> zoo.Setup:
+    """One network for all experiments that differ in what it is used for."""
+    return zoo.load(dataset, **json.loads(settings))
 
 
 def _learned(experiment: Experiment, setup, path: Path) -> tuple[Solver, float, list]:
@@ -433,12 +440,11 @@ def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:
 
 def _statistics(setup, seed: int) -> tuple[ModelStatistics, float]:
     """The model statistics at the teacher's samples and the seconds they took, cached."""
-    if setup.condition is not None:
-        raise UsageError(f"{V3} takes models without conditions, not {setup.name}: choose another")
 
     def make() -> dict[str, Tensor]:
-        x_0, began = _teacher_set(setup, seed, alt=False).train[1], time.perf_counter()
-        tables = vars(model_statistics(setup, x_0))
+        teacher = _teacher_set(setup, seed, alt=False)
+        seeds, began = teacher.seeds[: teacher.n_train], time.perf_counter()
+        tables = vars(model_statistics(setup, teacher.train[1], seeds=seeds))
         return {**tables, "seconds": torch.tensor(time.perf_counter() - began)}
 
     config = {"n_train": setup.params.n_train, "seed": seed}
@@ -466,6 +472,7 @@ def _cached_tensors(
         "kind": kind,
         "teacher": setup.teacher.to_dict(),
         "guidance": setup.params.guidance,
+        "precision": setup.params.precision,
         "weights": setup.weights,
         "version": __version__,
     }

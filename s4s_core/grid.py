@@ -61,7 +61,7 @@ class TimeGrid:
     def refine(self, parts: int) -> "TimeGrid":
         """Each step cut into `parts` equal ones in lam: every parts-th time is one of these."""
         start, h = self.lam[:-1, None], self.lam.diff()[:, None]
-        inner = self.schedule.t_of_lam(start + h * torch.arange(1, parts) / parts)
+        inner = self.schedule.t_of_lam(start + h * torch.arange(1, parts, dtype=h.dtype) / parts)
         t = torch.cat([self.t[:-1, None], inner], 1).flatten()
         return TimeGrid(self.schedule, torch.cat([t, self.t[-1:]]))
 

@@ -50,9 +50,12 @@ def _controls(ranges: dict):
         from ipywidgets import FloatSlider, VBox
     except ImportError:
         return None
+    look = {"style": {"description_width": "8em"}, "layout": {"width": "32em"}}
     return VBox(
         [
-            FloatSlider(start, min=low, max=high, step=(high - low) / 200, description=name)
+            FloatSlider(
+                start, min=low, max=high, step=(high - low) / 1000, description=name, **look
+            )
             for name, (low, start, high) in ranges.items()
         ]
     )
@@ -107,21 +110,21 @@ def explore_coefficients(
 
 def _explore(setup, make: Callable[[Sequence[float]], Solver], ranges: dict, seeds) -> None:
     """Sliders for the values that `make` turns into a solver, and its trajectories."""
-    exact, data = exact_path(setup, seeds), setup.data()[:500]
-    ax = None
+    exact, ax = exact_path(setup, seeds), None
+    data = setup.data()[:500] if setup.data else None
 
     def draw(**values):
         nonlocal ax
         path = sample_path(setup, make(list(values.values())), seeds)
-        if ax is not None:
+        fresh = ax is None
+        if not fresh:
             ax.clear()
-        name = f"{len(path[1]) - 1} calls"
-        ax = plot.plot_trajectories({name: path}, exact, data, ax)
+        ax = plot.plot_trajectories({f"{len(path[1]) - 1} calls": path}, exact, data, ax)
         error = (path[1][-1] - exact[1][-1]).norm(dim=1).mean()
         ax.set_title(f"mean distance to the exact end points {error:.3f}")
-        if ax.figure.get_layout_engine() is not None:
+        if fresh:
             ax.figure.draw_without_rendering()
-            ax.figure.set_layout_engine("none")  # to lay it out again would take longest
+            ax.figure.set_layout_engine("none")  # what was laid out stays, and redraws are faster
         return ax.figure
 
     sliders(draw, **ranges)
@@ -140,10 +143,12 @@ def check(answer, right, hint: str = "") -> None:
     """
     if answer is None:
         print("not yet: set answer, and run this cell again")
-    elif right(answer) if callable(right) else _agree(answer, right):
-        print("right")
-    else:
-        print("not yet: that is not it", *([f"({hint})"] if hint else []))
+        return
+    try:
+        agrees = right(answer) if callable(right) else _agree(answer, right)
+    except Exception as error:  # an answer of another kind is a wrong one
+        agrees, hint = False, f"{type(error).__name__}: {error}"
+    print("right" if agrees else f"not yet: that is not it{f' ({hint})' if hint else ''}")
 
 
 def _agree(answer, right) -> bool:

@@ -45,6 +45,7 @@ class Epoch:
     train_loss  mean distance at x'_T over the pass; valid_loss  mean distance at x'_T = x_T, which
     is what sampling will use; accepted  fraction of the x'_T that moved
     solver      as it stands; best  the one of the smallest valid_loss so far
+    x_T_relaxed  (n_train, *shape), the x'_T as they stand; the next epoch moves them in place
     """
 
     index: int
@@ -54,6 +55,7 @@ class Epoch:
     accepted: float
     solver: Solver
     best: Solver
+    x_T_relaxed: Tensor
 
 
 class LearningDiverged(ArithmeticError):
@@ -339,7 +341,7 @@ def _learn(
     best, best_state = student.solver(), student.snapshot()
     if not math.isfinite(best_loss):
         raise LearningDiverged(_diverged("start"), best)
-    yield Epoch(0, "start", mean_loss(train), best_loss, 0.0, best, best)
+    yield Epoch(0, "start", mean_loss(train), best_loss, 0.0, best, best, x_relaxed)
 
     index, steps = 0, math.ceil(len(train) / params.batch_size)
     with progress(total=steps * sum(epochs for _, epochs in phases), desc="learning") as bar:
@@ -370,9 +372,9 @@ def _learn(
                     raise LearningDiverged(_diverged(phase), best)
                 if valid_loss < best_loss:
                     best_loss, best, best_state = valid_loss, now, student.snapshot()
-                train_loss, accepted = torch.cat(losses).mean(), torch.cat(moves).mean()
+                train_loss, accepted = (torch.cat(v).mean().item() for v in (losses, moves))
                 bar.set_postfix(valid=f"{valid_loss:.3g}")
-                yield Epoch(index, phase, train_loss.item(), valid_loss, accepted.item(), now, best)
+                yield Epoch(index, phase, train_loss, valid_loss, accepted, now, best, x_relaxed)
 
 
 _BLOCKS = {"phi": ["phi"], "xi": ["xi", "xi_c"], "phi+xi": ["phi", "xi", "xi_c"]}

@@ -136,6 +136,19 @@ def rematerialized(function):
     )
 
 
+def in_precision(denoiser, dtype: torch.dtype):
+    """The same denoiser, its convolutions and matrix products in `dtype`; x and D stay as they are.
+
+    Weights stay float32, and what must not be rounded (norms, the solver's own state) is not.
+    """
+
+    def denoise(x: Tensor, *inputs: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype):
+            return denoiser(x, *inputs).to(x.dtype)
+
+    return _Denoiser(denoise, getattr(denoiser, "schedule", None))
+
+
 class count_calls(_Denoiser):
     """The same denoiser, counting its calls in `.calls`."""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .base import UsageError, one_of
+from .base import UsageError, needing, one_of
 from .grid import TimeGrid
 from .solver import Coefficients, SingleStepCoefficients, solve
 
@@ -55,13 +55,8 @@ def lpips_distance(net: str = "vgg", resize: int = 0, device="cpu") -> Distance:
     the `lpips` extra is missing, or for images smaller than the trunk allows.
     """
     one_of("LPIPS network", net, SMALLEST_SIDE)
-    try:
+    with needing("lpips torchvision", "the LPIPS distance (l2 does not)"):
         import lpips
-    except ImportError:
-        raise UsageError(
-            "the LPIPS distance needs the lpips package: pip install lpips torchvision, "
-            "or set distance to l2"
-        ) from None
     try:
         metric = lpips.LPIPS(net=net, verbose=False).to(device).requires_grad_(False).eval()
     except (OSError, RuntimeError) as error:  # no connection, no such file, a wrong hash

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from .base import UsageError, one_of
+from .base import UsageError, needing, one_of
 from .check import check_denoiser
 from .model import from_denoiser, from_flow, from_noise_prediction, from_velocity, guided
 from .objective import SMALLEST_SIDE
@@ -92,12 +92,8 @@ def from_diffusers(
 
 
 def _diffusers():
-    try:
+    with needing("diffusers transformers", "a diffusers pipeline"):
         import diffusers
-    except ImportError:
-        raise UsageError(
-            'diffusers pipelines need an extra: pip install "s4s-notebooks[latent]"'
-        ) from None
     return diffusers
 
 

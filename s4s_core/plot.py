@@ -103,6 +103,7 @@ def plot_trajectories(paths: dict, exact=None, data=None, ax=None):
         ax.plot(*x[:, -1], color=color, marker=marker, ls="", ms=6, zorder=2)
         ax.plot([], [], **look, lw=1.1, ms=4, label=name)
     ax.set_aspect("equal")
+    ax.locator_params(nbins=5)
     ax.set_xlabel(r"first coordinate of $x / \sqrt{\alpha^2 + \sigma^2}$")
     ax.set_ylabel("second coordinate")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -292,17 +293,41 @@ def plot_losses(epochs, ax=None):
     ax.plot(index, _numpy([e.train_loss for e in epochs]), color=COLORS[0], label="training")
     ax.plot(index, _numpy([e.valid_loss for e in epochs]), "--", color=COLORS[1],
             label="validation")  # fmt: skip
+    _shade_phases(ax, epochs)
+    ax.set_yscale("log")
+    ax.set_ylabel("loss")
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_times(epochs, ax=None):
+    """The inner times of the solver after each epoch, in lam, and of the best one at the end.
+
+    epochs  records with `index`, `phase`, `solver` and `best`, in order
+    """
+    epochs = list(epochs)
+    ax = _axes(ax, (6.0, 3.2))
+    index = [e.index for e in epochs]
+    lam = np.array([_numpy(e.solver.grid.lam)[1:-1] for e in epochs])
+    ax.plot(index, lam, color=COLORS[0], lw=1.5)
+    best = _numpy(epochs[-1].best.grid.lam)[1:-1]
+    ax.plot([index[-1]] * len(best), best, "D", color=COLORS[1], ms=5, clip_on=False, label="best")
+    _shade_phases(ax, epochs)
+    ax.set_ylabel(r"$\lambda$ of the inner times")
+    return ax
+
+
+def _shade_phases(ax, epochs) -> None:
+    """The axis of epochs; grey bars behind them where there are several phases."""
     tints = dict(zip(dict.fromkeys(e.phase for e in epochs), cycle(TINTS)))
     if len(tints) > 1:
         for phase, tint in tints.items():
             ax.bar([e.index for e in epochs if e.phase == phase], 1, 1, color=tint, zorder=0,
                    transform=ax.get_xaxis_transform(), label=phase)  # fmt: skip
-    ax.set_yscale("log")
-    ax.set_xlim(index[0] - 0.5, index[-1] + 0.5)
+    ax.set_xlim(epochs[0].index - 0.5, epochs[-1].index + 0.5)
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    ax.set(xlabel="epoch", ylabel="loss")
+    ax.set_xlabel("epoch")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
 
 
 class Table(str):

@@ -13,7 +13,7 @@ finer grid, so that the loop knows one kind only.
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -512,11 +512,12 @@ def trajectory(
     x_T: Tensor,
     coefficients: Coefficients | SingleStepCoefficients,
     grid: TimeGrid,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, Tensor | None, None]:
     """Yield x at t_0 = T, t_1, .., t_N (before any correction), each like x_T, (B, ...).
 
     One call denoiser(x, t) -> x_0 estimate a step, t a float64 scalar tensor. Differentiable in
-    x_T, the coefficients and the grid.
+    x_T, the coefficients and the grid. Where `send` takes the place of `next`, the solver goes on
+    from the point that it is sent instead of its own.
     """
     coefficients, grid = coefficients.unroll(grid)
     schedule, s = grid.schedule, grid.s
@@ -545,11 +546,13 @@ def trajectory(
             y = y + weight * term
         return y if d is None else y + d[i, correcting]
 
-    states: list[Tensor] = [x_T / alpha[0]]  # newest first, as are the evaluations
+    states: list[Tensor] = []  # newest first, as are the evaluations
     evaluations: list[Tensor] = []
-    x, y = x_T, states[0]
-    yield x
+    x, y = x_T, x_T / alpha[0]
+    sent = yield x
     for i in range(grid.nfe):
+        if sent is not None:
+            x, y = sent, sent / alpha[i]
         evaluation = denoiser(x, grid.t_model[i])
         if evaluation.shape != x.shape:
             raise UsageError(
@@ -559,19 +562,59 @@ def trajectory(
         if noise_form:
             evaluation = of_x[i] * x + of_D[i] * evaluation
         evaluations = [evaluation, *evaluations]
-        if i > 0:
-            if c is not None:
-                y = step(i - 1, c, 1)
-            states = [y, *states][: a.shape[1]]
+        if i > 0 and c is not None:
+            y = step(i - 1, c, 1)
+        states = [y, *states][: a.shape[1]]
         evaluations = evaluations[: coefficients.order]
         y = step(i, b, 0)
         x = alpha[i + 1] * y
-        yield x
+        sent = yield x
 
 
 def solve(denoiser, x_T: Tensor, coefficients: Coefficients, grid: TimeGrid) -> Tensor:
     """Psi(x_T): the last point of `trajectory`, and as differentiable."""
     return deque(trajectory(denoiser, x_T, coefficients, grid), maxlen=1).pop()
+
+
+@torch.no_grad()
+def local_errors(solver: "Solver", denoiser, exact: Tensor) -> Tensor:
+    """What each step misses by when all before it were exact: x - exact, (N, B, ...).
+
+    exact (N+1, B, ...) is the exact flow at the times of the steps; the past evaluations that a
+    multistep solver uses are made there, too (the local truncation error of Sec. 2.2). Raises
+    UsageError unless there is one point for each network call, and the last.
+    """
+    if len(exact) != solver.nfe + 1:
+        raise UsageError(
+            f"{solver.nfe} network calls lie between {solver.nfe + 1} points of the exact flow, "
+            f"not {len(exact)}: give it at the times of the solver's grid"
+        )
+    points = solver.trajectory(denoiser, exact[0])
+    next(points)
+    return torch.stack([points.send(x) for x in exact[:-1]]) - exact[1:]
+
+
+def locally_optimal(
+    grid: TimeGrid, denoiser, exact: Tensor, order: int = 3, prediction: str = "noise"
+) -> Coefficients:
+    """The multistep table of the smallest local errors: each row a problem of least squares.
+
+    exact (N+1, B, ...) is the exact flow at the grid's times, to which it is fitted: the aim of
+    methods that match the teacher's whole trajectory (App. B.3).
+    """
+
+    def errors(b: Tensor) -> Tensor:
+        solver = Solver(Coefficients(b, None, prediction), grid)
+        return local_errors(solver, denoiser, exact).flatten(1).double()
+
+    b = torch.zeros(grid.nfe, order, dtype=torch.float64)
+    without = errors(b)  # each weight adds to it in proportion
+    units = torch.eye(order, dtype=torch.float64)
+    added = torch.stack([errors((b + unit).tril()) - without for unit in units], -1)
+    for i in range(grid.nfe):
+        k = min(i + 1, order)
+        b[i, :k] = torch.linalg.lstsq(added[i, :, :k], -without[i]).solution
+    return Coefficients(b, None, prediction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -602,7 +645,7 @@ class Solver:
         """Network calls a sample: N, or k N for a single-step solver of k stages."""
         return self.coefficients.nfe
 
-    def trajectory(self, denoiser, x_T: Tensor) -> Iterator[Tensor]:
+    def trajectory(self, denoiser, x_T: Tensor) -> Generator[Tensor, Tensor | None, None]:
         """Yield x at t_0 .. t_N; see the function of the same name."""
         schedule = getattr(denoiser, "schedule", self.grid.schedule)
         if schedule != self.grid.schedule:

@@ -30,6 +30,7 @@ from .model import (
     from_denoiser,
     from_noise_prediction,
     guided,
+    in_precision,
 )
 from .networks import (
     LatentModel,
@@ -72,6 +73,7 @@ class Params:
     sha256: str = ""
     files: list = ()
     guidance: float = 1.0
+    precision: str = "float32"
     teacher_solver: str = "unipc"
     teacher_order: int = 3
     teacher_grid: str = "logsnr"
@@ -142,6 +144,7 @@ class Params:
 
 _CHOICES = {
     "schedule": NAMED_SCHEDULES,
+    "precision": ("float32", "bfloat16", "float16"),
     "teacher_solver": SOLVERS,
     "teacher_grid": PUBLISHED,
     "unipc_variant": ("bh1", "bh2"),
@@ -151,6 +154,9 @@ _CHOICES = {
     "grid_variable": VARIABLES,
     "ld3_start": PUBLISHED,
 }
+# A model is built with these; the others can change afterwards.
+OF_THE_MODEL = ("schedule", "shape", "checkpoint", "url", "sha256", "files", "guidance")
+OF_THE_MODEL += ("precision", "fid_reference", "fid_offset")
 _MAY_BE_ZERO = {"states", "gamma", "lr_x", "lr_xi_c", "lpips_resize", "offset_fraction"}
 
 
@@ -259,14 +265,18 @@ def published(name: str, grid, order: int, params: Params, seed: int = 0):
     return one_of("solver", name, SOLVERS)(grid, order, **options.get(name, {}))
 
 
-def load(dataset: str = "digits", device: str | None = None) -> Setup:
+def load(dataset: str = "digits", device: str | None = None, **settings) -> Setup:
     """The setup of a dataset in params/, on `device` (the GPU if there is one).
 
-    Raises UsageError for an unknown dataset, listing those there are.
+    `settings` replace entries of params/ by name. Raises UsageError for an unknown dataset or
+    setting, listing those there are.
     """
-    params = load_params(dataset)
+    params = load_params(dataset).override(**settings)
     build = one_of("dataset", dataset, _BUILDERS)
-    return build(params, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    setup = build(params, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if params.precision == "float32":
+        return setup
+    return replace(setup, denoiser=in_precision(setup.denoiser, getattr(torch, params.precision)))
 
 
 def load_planar(dataset: str = "mixture") -> Setup:
@@ -322,7 +332,9 @@ def _edm(name: str, params: Params, device: str) -> Setup:
     """A checkpoint of Karras et al. 2022."""
     path = _checkpoint(params)
     network = load_edm(path, device)
-    network.use_fp16 = False  # half precision would round off what a solver is judged by
+    network.use_fp16 = False  # params.precision decides, and is recorded with each result
+    if params.precision != "float32":
+        network.to(memory_format=torch.channels_last)  # pays in half precision only
     channels, side = network.config["img_channels"], network.config["img_resolution"]
     if [channels, side, side] != params.shape:
         raise UsageError(

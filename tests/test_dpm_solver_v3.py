@@ -238,6 +238,24 @@ def test_statistics_do_not_depend_on_the_batch_size(setup_of, toy):
         assert torch.equal(again[name], table)
 
 
+def test_every_sample_meets_its_own_condition(setup_of, toy, one_sentence):
+    """Samples and model moved by the condition: what the Jacobian says stays the same."""
+    plain, x_0 = toy(EDM()), GaussianMixture([1.0], [[0.0] * 3], [0.5], EDM()).sample(10)
+
+    def denoise(x, t, c):
+        return plain(x - c, t) + c
+
+    denoise.schedule = EDM()
+    seeds = torch.arange(10)
+    setup = setup_of(denoise, 3, sample_batch_size=4)
+    setup = replace(setup, condition=lambda seeds: 3.0 * torch.tensor(seeds)[:, None])
+    moved = model_statistics(setup, x_0 + 3.0 * seeds[:, None], points=6, seeds=seeds)
+    expected = model_statistics(setup_of(plain, 3), x_0, points=6)
+    torch.testing.assert_close(moved.l, expected.l, rtol=1e-9, atol=1e-9)
+    with one_sentence("condition", "seeds"):
+        model_statistics(setup, x_0, points=6)
+
+
 # --- Around it ------------------------------------------------------------------------------------
 
 

@@ -344,6 +344,19 @@ CHANGED = {
 }
 
 
+def test_settings_of_the_model_make_another_model_and_others_share_one():
+    def setup(**settings):
+        return experiment._setup(Experiment("digits", settings=settings))
+
+    plain, half = setup(epochs=3), setup(precision="bfloat16", epochs=3)
+    assert plain.denoiser is setup(epochs=4).denoiser and plain.params.epochs == 3
+    assert half.params.precision == "bfloat16" and half.params.epochs == 3
+    x, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    with torch.no_grad():
+        difference = (half.denoiser(x, t) - plain.denoiser(x, t)).abs().max()
+    assert 0 < difference < 0.1
+
+
 def test_a_changed_setting_is_a_new_result(results):
     first, second = run(tiny()), run(tiny(settings={"lr_phi": 0.1}))
     assert first.solver != second.solver

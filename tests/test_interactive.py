@@ -193,6 +193,7 @@ def test_a_step_that_is_not_there_is_refused(setup, one_sentence, step):
         ([1, 2], [1, 2], "right\n"),
         (4, lambda n: n % 2 == 0, "right\n"),
         (5, lambda n: n % 2 == 0, "not yet: that is not it"),
+        ("5", lambda n: n.shape == (2,), "not yet: that is not it (AttributeError: "),
     ],
 )
 def test_answers_are_told_right_from_wrong(capsys, answer, right, said):

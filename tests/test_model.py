@@ -15,6 +15,7 @@ from s4s_core import (
     from_noise_prediction,
     from_velocity,
     guided,
+    in_precision,
     rematerialized,
     rescheduled,
 )
@@ -255,6 +256,24 @@ def test_rematerialization_keeps_no_activations(noise):
 
     assert saved(plain) >= 8 * 512
     assert saved(rematerialized(plain)) <= 2 * x.numel()
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_half_precision_rounds_the_network_and_nothing_else(noise, dtype, rounding):
+    torch.manual_seed(0)
+    network = torch.nn.Linear(2, 2).requires_grad_(False)
+    plain = from_denoiser(lambda x, times: x + network(x.float()), EDM())
+    half = in_precision(plain, dtype)
+    x, t = noise(0, 64, 2), scalar(0.5)
+    error = (half(x, t) - plain(x, t)).abs().max() / plain(x, t).abs().max()
+    assert half.schedule == EDM() and half(x, t).dtype == torch.float64
+    assert 0 < error < 4 * rounding
+    # Rematerialised, the second pass is rounded as the first was.
+    for wrapped in (half, rematerialized(half)):
+        start = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(wrapped(start, t).square().sum(), start)
+        exact = 2 * plain(x, t) @ (torch.eye(2) + network.weight).double()
+        assert (gradient - exact).norm() < 8 * rounding * exact.norm()
 
 
 def test_count_calls_counts_and_changes_nothing(noise):

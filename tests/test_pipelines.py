@@ -433,5 +433,5 @@ def test_a_text_network_alone_is_refused_in_one_sentence(text, one_sentence):
 
 def test_a_missing_extra_is_told_in_one_sentence(monkeypatch, one_sentence):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with one_sentence('pip install "s4s-notebooks[latent]"'):
+    with one_sentence("pip install diffusers transformers"):
         setup_of(None)

@@ -184,6 +184,19 @@ def test_one_phase_needs_no_shading():
     assert not ax.containers and len(ax.get_legend().get_texts()) == 2
 
 
+def test_times_are_drawn_epoch_by_epoch():
+    records = epochs(["phi", "xi"])
+    for record, inner in zip(records, ([0.0, 1.0], [0.5, 1.5]), strict=True):
+        record.solver = SimpleNamespace(grid=SimpleNamespace(lam=torch.tensor([-4.0, *inner, 6.0])))
+        record.best = records[0].solver
+    ax = plot.plot_times(iter(records))
+    *times, best = ax.lines
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in times]
+    assert drawn == [([0, 1], [0.0, 0.5]), ([0, 1], [1.0, 1.5])]
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([1, 1], [0.0, 1.0])
+    assert [bars.get_label() for bars in ax.containers] == ["phi", "xi"]
+
+
 def test_style_stays_local():
     before = dict(matplotlib.rcParams)
     ax = plot.plot_losses(epochs(["phi"]))

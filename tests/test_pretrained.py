@@ -4,6 +4,7 @@ import json
 import os
 import re
 import zipfile
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -19,7 +20,7 @@ from test_latent import (
 from test_notebooks import papermill
 
 import s4s_core as s4s
-from s4s_core.networks import EDMDenoiser, save_network
+from s4s_core.networks import EDMDenoiser, latent, save_network
 
 EDM_FILES = {
     "cifar10": (32, "edm-cifar10-32x32-uncond-vp", "cifar10-32x32"),
@@ -125,6 +126,22 @@ def test_the_setup_of_an_edm_model_is_its_network(placed, dataset):
     assert setup.weights[f"{checkpoint}.safetensors"] == s4s.file_sha256(
         os.path.join(os.environ["S4S_HOME"], f"{checkpoint}.safetensors")
     )
+
+
+def test_a_setting_of_guidance_reaches_the_model(placed, folders, monkeypatch):
+    monkeypatch.setattr(s4s.zoo, "PARAMS", Path(folders["PYTHONPATH"]))
+    for name, config in tiny_configurations().items():
+        monkeypatch.setattr(latent, name, config)
+    t, drawn = torch.tensor(0.5, dtype=torch.float64), {}
+    for guidance in (1.0, 2.0, 3.0):
+        experiment = s4s.Experiment("imagenet", settings={"guidance": guidance})
+        setup = s4s.experiment._setup(experiment)
+        assert setup.params.guidance == guidance
+        with torch.no_grad():
+            drawn[guidance] = setup.denoiser_for([0])(s4s.initial_noise(setup, [0]), t)
+    # D is linear in the guidance: equal steps of it are equal steps of D.
+    first, second = drawn[2.0] - drawn[1.0], drawn[3.0] - drawn[2.0]
+    assert first.norm() > 0 and (second - first).norm() < 1e-3 * first.norm()
 
 
 def test_a_model_of_another_size_in_its_place_is_refused(tmp_path, monkeypatch, one_sentence):

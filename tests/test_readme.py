@@ -1,11 +1,46 @@
-"""The README's Python, typed as it stands."""
+"""The README: its Python, typed as it stands, its commands and its pictures."""
 
 import re
+import shlex
 from pathlib import Path
+
+import papermill
+import pytest
 
 import s4s_core as s4s
 
-README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+ROWS = [line for line in README.splitlines() if line.startswith("|") and "](notebooks/" in line]
+MAP = [row.strip("| ").split(" | ") for row in ROWS]
+COMMANDS = sorted(set(re.findall(r"papermill notebooks/\w+\.ipynb[^\n`]*", README)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_names_a_notebook_and_its_parameters(command):
+    _, notebook, out, *options = shlex.split(command)
+    assert out.endswith(".ipynb")
+    parameters = papermill.inspect_notebook(ROOT / notebook)
+    flags, names, values = options[::3], options[1::3], options[2::3]
+    assert set(flags) <= {"-p"} and len(names) == len(values)
+    assert set(names) <= set(parameters)
+    if "dataset" in names:
+        assert values[names.index("dataset")] in s4s.datasets()
+
+
+@pytest.mark.parametrize("row", MAP, ids=lambda row: row[1])
+def test_a_row_of_the_map_runs_the_notebook_it_links(row):
+    paper, link, command, runtime = row
+    (notebook,) = re.findall(r"\]\((notebooks/\w+\.ipynb)\)", link)
+    assert command.strip("`").startswith((f"papermill {notebook} ", "./do tour"))
+    assert paper and re.search(r"\d+ (second|minute|hour)", runtime)
+
+
+def test_pictures_come_from_figures_and_lie_beside_what_they_draw():
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert shown and all(path.startswith("figures/") and (ROOT / path).is_file() for path in shown)
+    for figure in (ROOT / "figures").glob("*.svg"):
+        assert figure.with_suffix(".csv").is_file(), f"{figure} lacks the rows that it draws"
 
 
 def test_the_example_learns_a_solver_and_samples_with_it(tmp_path, monkeypatch):

@@ -751,6 +751,62 @@ def test_trajectory_runs_from_the_noise_to_the_sample(toy, noise):
     assert torch.equal(points[-1], solver.sample(toy(EDM()), x_T))
 
 
+@pytest.mark.parametrize("corrector", [False, True])
+def test_a_trajectory_goes_on_from_what_it_is_sent(toy, noise, corrector):
+    grid, x_T = time_edm(EDM(), 5), 80 * noise(0, 4, 3)
+    solver = Solver(unipc(grid, 3, corrector=corrector), grid)
+    own = list(solver.trajectory(toy(EDM()), x_T))
+    points = solver.trajectory(toy(EDM()), x_T)
+    again = [next(points), *[points.send(x) for x in own[:-1]]]
+    torch.testing.assert_close(again, own, rtol=1e-12, atol=1e-12)
+    points = solver.trajectory(toy(EDM()), x_T)
+    other = [next(points), next(points), points.send(own[1] + 1), next(points)]
+    assert torch.equal(other[1], own[1]) and not torch.allclose(other[2], own[2])
+
+
+@pytest.mark.parametrize("prediction", ["noise", "data"])
+def test_local_errors_are_those_of_steps_from_exact_points(toy, noise, one_sentence, prediction):
+    nfe, schedule = 5, VPLinear()
+    grid = time_logsnr(schedule, nfe)
+    solver = Solver(random_coefficients(noise, nfe, 3, prediction, False), grid)
+    exact, alpha, s = noise(1, nfe + 1, 4, 3), schedule.alpha(grid.t), grid.s
+    y = exact / alpha[:, None, None]
+    D = [toy(schedule)(x, t) for x, t in zip(exact, grid.t, strict=True)]
+    found = s4s.local_errors(solver, toy(schedule), exact)
+    for i in range(nfe):
+        b = solver.coefficients.b[i]
+        if prediction == "noise":
+            eps = [(y[n] - D[n]) / s[n] for n in range(i, max(i - 3, -1), -1)]
+            end = y[i] + (s[i + 1] - s[i]) * sum(w * e for w, e in zip(b, eps, strict=False))
+        else:
+            q, recent = s[i + 1] / s[i], D[i::-1]
+            end = q * y[i] + (1 - q) * sum(w * e for w, e in zip(b, recent, strict=False))
+        torch.testing.assert_close(found[i], alpha[i + 1] * end - exact[i + 1])
+    with one_sentence("5 network calls", "6 points", "not 5"):
+        s4s.local_errors(solver, toy(schedule), exact[:-1])
+
+
+@pytest.mark.parametrize("prediction", ["noise", "data"])
+def test_no_other_table_has_smaller_local_errors(mixture, noise, prediction):
+    setup, grid = mixture(), time_logsnr(EDM(), 5)
+    _, exact = s4s.exact_path(setup, range(40), grid)
+
+    def squares(table):
+        return s4s.local_errors(Solver(table, grid), setup.denoiser, exact).square().sum((1, 2))
+
+    best = s4s.locally_optimal(grid, setup.denoiser, exact, 3, prediction)
+    assert best.prediction == prediction
+    assert (squares(best) <= squares(ipndm(grid, 3))).all()
+    for seed in range(5):
+        other = replace(best, b=best.b + 1e-3 * noise(seed, 5, 3).tril())
+        assert (squares(other) > squares(best)).all()
+    # Where one table makes no error at all, it is found.
+    table = random_coefficients(noise, 5, 3, prediction, False)
+    own = torch.stack(list(Solver(table, grid).trajectory(setup.denoiser, exact[0])))
+    found = s4s.locally_optimal(grid, setup.denoiser, own, 3, prediction)
+    torch.testing.assert_close(found.b, table.b, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("prediction", ["noise", "data"])
 @pytest.mark.parametrize("corrector", [False, True])
 def test_derivatives_of_the_solution_equal_finite_differences(toy, noise, prediction, corrector):

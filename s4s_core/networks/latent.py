@@ -7,14 +7,13 @@ configurations published beside each checkpoint.
 
 import csv
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..base import UsageError
+from ..base import UsageError, needing
 from .checkpoint import averaged, fill, fill_decoder, fill_unet, open_checkpoint, under
 
 
@@ -34,6 +33,8 @@ class LatentModel:
     condition: Callable[[Sequence[int]], Tensor] | None = None
     null: Tensor | None = None
 
+
+EXTRA = ("diffusers transformers", "latent diffusion")
 
 LSUN = {
     "in_channels": 3,
@@ -85,7 +86,7 @@ def load_lsun(path, first_stage, device="cpu") -> LatentModel:
     `path` is lsun_bedrooms.zip, `first_stage` vq-f4.zip, or the model.ckpt in either. Raises
     UsageError for any other file, and where averages of the U-Net's weights are missing.
     """
-    with _extra():
+    with needing(*EXTRA):
         from diffusers import UNet2DModel
     with open_checkpoint(path) as weights:
         unet = fill_unet(UNet2DModel(**LSUN), averaged(weights, path, required=True), path)
@@ -100,7 +101,7 @@ def load_imagenet(path, device="cpu") -> LatentModel:
     Each thousand seeds from a multiple of it holds every class once. Raises UsageError for any
     other file.
     """
-    with _extra():
+    with needing(*EXTRA):
         from diffusers import UNet2DConditionModel
     with open_checkpoint(path) as weights:
         unet = UNet2DConditionModel(**IMAGENET)
@@ -126,7 +127,7 @@ def load_stable_diffusion(path, vocabulary, merges, captions, device="cpu") -> L
     ViT-L/14), `captions` a text file or a .csv with a column `text`: seed n has the caption in
     line n, and from the first again after the last. Raises UsageError for any other file.
     """
-    with _extra():
+    with needing(*EXTRA):
         from diffusers import UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
     lines, tokenize = _captions(captions), _tokenizer(vocabulary, merges)
@@ -180,7 +181,7 @@ def _captions(path) -> list[str]:
 
 def _tokenizer(vocabulary, merges) -> Callable[[list[str]], Tensor]:
     """Texts -> (B, length) tokens, cut or padded to the length that the text encoder has."""
-    with _extra():
+    with needing(*EXTRA):
         from transformers import CLIPTokenizer
     try:
         tokenizer = CLIPTokenizer(str(vocabulary), str(merges))
@@ -199,7 +200,7 @@ def _tokenizer(vocabulary, merges) -> Callable[[list[str]], Tensor]:
 
 def _decoder(name: str, config: dict, weights: dict[str, Tensor], path) -> nn.Module:
     """The autoencoder that diffusers calls `name`, for decoding only."""
-    with _extra():
+    with needing(*EXTRA):
         import diffusers
     levels = len(config["block_out_channels"])
     vae = getattr(diffusers, name)(
@@ -209,14 +210,3 @@ def _decoder(name: str, config: dict, weights: dict[str, Tensor], path) -> nn.Mo
         **config,
     )
     return fill_decoder(vae, weights, path)
-
-
-@contextmanager
-def _extra():
-    """Around the imports of the `latent` extra."""
-    try:
-        yield
-    except ImportError:
-        raise UsageError(
-            "latent diffusion needs two more packages: pip install diffusers transformers"
-        ) from None
