@@ -101,6 +101,7 @@ _EXPERIMENT = (
     "Experiment",
     "Result",
     "check_lists",
+    "learning_seconds",
     "results_folder",
     "run",
     "run_all",

@@ -229,7 +229,8 @@ class Result:
               with the features that `features` names
     distance_to_teacher  root mean square difference per entry between those samples and the
               teacher's from the same noise
-    seconds   of learning (0.0 without); history  one record an epoch: losses, table and times
+    seconds   of learning, or of measuring the statistics of V3 (0.0 without either), from the
+              pairs on; history  one record an epoch: losses, table and times
     """
 
     config: dict
@@ -290,6 +291,12 @@ def run(experiment: Experiment) -> Result:
     return result
 
 
+def learning_seconds(experiment: Experiment) -> float:
+    """Seconds of all that was learned for it: the LD3 grid that it starts from, too."""
+    before = run(_ld3(experiment)).seconds if experiment.grid == "ld3" else 0.0
+    return before + run(experiment).seconds
+
+
 def run_all(experiments: Sequence[Experiment], workers: int | None = None) -> list[Result]:
     """The results of many experiments, in their order, with a progress bar.
 
@@ -335,7 +342,7 @@ def start(experiment: Experiment) -> Solver:
 def _table(experiment: Experiment, grid: TimeGrid) -> Coefficients | SingleStepCoefficients:
     """The published coefficients on a grid, with room for what the experiment learns."""
     if experiment.solver == V3:
-        statistics = _statistics(_setup(experiment), experiment.seed)
+        statistics, _ = _statistics(_setup(experiment), experiment.seed)
         return dpm_solver_v3(grid, statistics, experiment.order)
     order = min(experiment.order, HIGHEST_ORDER.get(experiment.solver, experiment.order))
     table = zoo.published(experiment.solver, grid, order, experiment.params, experiment.seed)
@@ -392,6 +399,8 @@ def _model(dataset: str, settings: str) -> zoo.Setup:
 def _learned(experiment: Experiment, setup, path: Path) -> tuple[Solver, float, list]:
     """The learned solver, the seconds that took and the history."""
     solver, learn = start(experiment), LEARN[experiment.learn]
+    if experiment.solver == V3:
+        return solver, _statistics(setup, experiment.seed)[1], []
     if learn is None:
         return solver, 0.0, []
     teacher = _teacher_set(setup, experiment.seed, alt=learn is not learn_coefficients)
@@ -429,16 +438,19 @@ def _teacher_set(setup, seed: int, alt: bool) -> TeacherSet:
     return TeacherSet(**_cached_tensors(setup, "teacher_set", config, make), n_train=n_train)
 
 
-def _statistics(setup, seed: int) -> ModelStatistics:
-    """The model statistics at the teacher's samples, cached."""
+def _statistics(setup, seed: int) -> tuple[ModelStatistics, float]:
+    """The model statistics at the teacher's samples and the seconds they took, cached."""
 
     def make() -> dict[str, Tensor]:
         teacher = _teacher_set(setup, seed, alt=False)
-        n = teacher.n_train
-        return vars(model_statistics(setup, teacher.train[1], seeds=teacher.seeds[:n]))
+        seeds, began = teacher.seeds[: teacher.n_train], time.perf_counter()
+        tables = vars(model_statistics(setup, teacher.train[1], seeds=seeds))
+        return {**tables, "seconds": torch.tensor(time.perf_counter() - began)}
 
     config = {"n_train": setup.params.n_train, "seed": seed}
-    return ModelStatistics(**_cached_tensors(setup, "statistics", config, make))
+    tables = _cached_tensors(setup, "model_statistics", config, make)
+    seconds = tables.pop("seconds").item()
+    return ModelStatistics(**tables), seconds
 
 
 def _teacher_samples(setup) -> Tensor:

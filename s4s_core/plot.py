@@ -5,7 +5,7 @@ repeat what the colour says, so that a picture also reads in grey.
 """
 
 import csv
-from itertools import cycle
+from itertools import combinations, cycle
 from pathlib import Path
 
 import matplotlib as mpl
@@ -108,6 +108,18 @@ def plot_trajectories(paths: dict, exact=None, data=None, ax=None):
     ax.set_ylabel("second coordinate")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+
+def path_rows(paths: dict) -> list[dict]:
+    """One flat record for each point that `plot_trajectories` draws, for `save`."""
+    return [
+        {"path": name, "sample": b, "step": i, "t": t, "x": x.item(), "y": y.item()}
+        for name, path in paths.items()
+        for i, (t, points) in enumerate(
+            zip(path[0].t.tolist(), _in_view(path).swapaxes(0, 1), strict=True)
+        )
+        for b, (x, y) in enumerate(points.T)
+    ]
 
 
 @mpl.rc_context(STYLE)
@@ -392,6 +404,74 @@ def cells_better(
     text = f"{value}: better in {len(pairs) - len(worse)} of {len(pairs)} cells, clearly in {clear}"
     lines = [f"- {', '.join(map(str, k))}: {a:.3f} against {b:.3f}" for k, (a, b) in worse.items()]
     return Table("\n".join([text + (", not in" if worse else ""), "", *lines]))
+
+
+def _grouped(rows, keys) -> dict[tuple, list]:
+    """The rows by their values of `keys`, in order of first appearance."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def best(rows, of, within=("method", "nfe"), value="frechet") -> list[dict]:
+    """In each group of `within`, the rows of one setting of `of`: that of the smallest mean.
+
+    of  keys of a row, such as ("grid", "solver"); rows that agree in them differ in the seed
+    """
+    chosen = []
+    for group in _grouped(rows, within).values():
+        settings = _grouped(group, of).values()
+        chosen += min(settings, key=lambda runs: np.mean([run[value] for run in runs]))
+    return chosen
+
+
+def agreement(rows, paper: dict, by="method", within="nfe", value="frechet", digits=2) -> Table:
+    """How many pairs of settings of `by` come in the paper's order, and which do not.
+
+    paper  value of `within` -> the settings as the paper ranks them, best first
+    "clearly" means that the worst seed of one still beats the best seed of the other.
+    """
+    values = {k: [r[value] for r in runs] for k, runs in _grouped(rows, (within, by)).items()}
+    pairs = [
+        (at, values[at, first], values[at, second], first, second)
+        for at, order in paper.items()
+        for first, second in combinations(order, 2)
+        if (at, first) in values and (at, second) in values
+    ]
+    clear, contrary = 0, []
+    for at, a, b, first, second in pairs:
+        clear += max(a) < min(b)
+        if np.mean(a) >= np.mean(b):
+            means = f"{second} {np.mean(b):.{digits}f} before {first} {np.mean(a):.{digits}f}"
+            clearly = ", clearly" if max(b) < min(a) else ""
+            contrary.append(f"- {within.upper()} {at}: {means}{clearly}")
+    text = f"{value}: {len(pairs) - len(contrary)} of {len(pairs)} pairs come in the paper's order"
+    text += f", {clear} clearly" + ("; the others do not\n" if contrary else "")
+    return Table("\n".join([text, *contrary]))
+
+
+def calls_to_match(rows, method: str, nfe: int, value="frechet", digits=2) -> Table:
+    """The fewest calls with which each other method is as good as `method` with `nfe` (Table 12).
+
+    Means over seeds. A method that is never as good is shown at its best. Seconds are those of
+    learning at that number of calls. ValueError where there are no such runs to be matched.
+    """
+    mean = {
+        key: [np.mean([row[k] for row in runs]) for k in (value, "seconds")]
+        for key, runs in _grouped(rows, ("method", "nfe")).items()
+    }
+    if (method, nfe) not in mean:
+        raise ValueError(f"there are no runs of {method} with {nfe} calls to be matched")
+    target = mean[method, nfe][0]
+    lines = [["method", "NFE", value, "matches", "seconds of learning"], ["---"] * 5]
+    for name in dict.fromkeys([method, *(m for m, _ in mean)]):
+        own = {n: cell for (m, n), cell in mean.items() if m == name}
+        enough = [nfe] if name == method else sorted(n for n in own if own[n][0] <= target)
+        at = enough[0] if enough else min(own, key=lambda n: own[n][0])
+        cell = [f"{own[at][0]:.{digits}f}", "yes" if enough else "no", f"{own[at][1]:.0f}"]
+        lines.append([name, str(at), *cell])
+    return _markdown(lines)
 
 
 def save(figure, path: str, rows=()) -> None:

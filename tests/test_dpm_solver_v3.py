@@ -304,11 +304,12 @@ def test_an_experiment_runs_on_any_grid_and_keeps_the_statistics(results):
         "mixture", grid="edm", solver="dpm_solver_v3", order=3, nfe=6, settings=settings
     )
     result = s4s.run(experiment)
-    (kept,) = (results / "mixture").glob("statistics_*")
+    (kept,) = (results / "mixture").glob("model_statistics_*")
     before = kept.stat().st_mtime_ns
     assert math.isfinite(result.frechet) and 0 < result.distance_to_teacher < 1
-    s4s.run(replace(experiment, grid="logsnr"))
+    other = s4s.run(replace(experiment, grid="logsnr"))
     assert kept.stat().st_mtime_ns == before
+    assert other.seconds == result.seconds > 0  # those of the statistics, which both share
     assert s4s.run(experiment).solver == result.solver
 
 

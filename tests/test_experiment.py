@@ -238,6 +238,13 @@ def test_the_ld3_grid_is_learned_once_for_all_orders(results):
     assert len(files(results, "result_*.json")) == 1
 
 
+def test_learning_seconds_count_those_of_the_ld3_grid():
+    alone, started = tiny(learn="coefficients"), tiny(grid="ld3", learn="coefficients")
+    assert s4s.learning_seconds(alone) == run(alone).seconds > 0
+    own, ld3 = run(started).seconds, s4s.learning_seconds(replace(started, learn="none"))
+    assert s4s.learning_seconds(started) == own + ld3 and own > 0 and ld3 > 0
+
+
 @pytest.mark.parametrize("name", experiment.SEARCHED)
 def test_a_searched_grid_is_found_once_for_all_that_share_it(name, results, monkeypatch):
     first = start(tiny(grid=name, solver="unipc"))

@@ -70,6 +70,10 @@ def test_trajectories_are_drawn_in_a_picture_that_no_schedule_changes():
     ends = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata()) == 3]
     np.testing.assert_allclose(ends[0].get_xydata(), lines[:, -1], rtol=1e-9)
     assert abs(lines).max() < ax.get_xlim()[1] == ax.get_ylim()[1]
+    rows = plot.path_rows({"one": path})
+    assert [row["t"] for row in rows[::3]] == path[0].t.tolist()
+    points = [[row["x"], row["y"]] for row in rows if (row["path"], row["sample"]) == ("one", 1)]
+    np.testing.assert_allclose(points, lines[1], rtol=1e-9)
 
 
 def test_coefficients_are_shown_newest_first_and_blank_where_masked():
@@ -320,3 +324,59 @@ def test_a_line_style_of_its_own_leaves_the_colour_to_by():
     looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
     assert looks["ipndm, none"][0] == looks["ipndm, coefficients"][0] != looks["unipc, none"][0]
     assert looks["ipndm, none"][1] == looks["unipc, none"][1] != looks["unipc, coefficients"][1]
+
+
+def runs(method: str, nfe: int, *values: float, **keys) -> list[dict]:
+    return [
+        {
+            "method": method,
+            "nfe": nfe,
+            "seed": seed,
+            "frechet": value,
+            "seconds": 10.0 * nfe,
+            **keys,
+        }
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_best_keeps_the_setting_of_the_smallest_mean_in_each_group():
+    rows = runs("S4S", 4, 1.0, 5.0, grid="edm") + runs("S4S", 4, 2.0, 3.0, grid="dmn")
+    rows += runs("S4S", 6, 1.0, grid="edm") + runs("LD3", 4, 9.0, grid="ld3")
+    chosen = [(r["method"], r["nfe"], r["grid"], r["seed"]) for r in plot.best(rows, ("grid",))]
+    assert chosen == [
+        ("S4S", 4, "dmn", 0),
+        ("S4S", 4, "dmn", 1),
+        ("S4S", 6, "edm", 0),
+        ("LD3", 4, "ld3", 0),
+    ]
+
+
+def test_calls_to_match_takes_the_fewest_or_says_that_none_suffice():
+    rows = (
+        runs("BNS", 4, 5.0) + runs("BNS", 8, 3.0) + runs("LD3", 6, 2.0) + runs("LD3", 5, 1.0, 3.0)
+    )
+    rows += runs("Alt", 5, 1.5, 2.5) + runs("Alt", 3, 0.5)
+    lines = str(plot.calls_to_match(rows, "Alt", 5)).splitlines()
+    assert lines[0] == "| method | NFE | frechet | matches | seconds of learning |"
+    assert lines[2:] == [
+        "| Alt | 5 | 2.00 | yes | 50 |",
+        "| BNS | 8 | 3.00 | no | 80 |",
+        "| LD3 | 5 | 2.00 | yes | 50 |",
+    ]
+    with pytest.raises(ValueError, match="no runs of Alt with 4 calls"):
+        plot.calls_to_match(rows, "Alt", 4)
+
+
+def test_agreement_counts_pairs_and_names_those_in_another_order():
+    rows = runs("a", 4, 1.0, 2.0) + runs("b", 4, 2.5, 4.0) + runs("c", 4, 2.0, 3.0)
+    rows += runs("a", 6, 5.0) + runs("b", 6, 4.0)
+    paper = {4: ["a", "b", "c", "nowhere"], 6: ["a", "b"], 8: ["a", "b"]}
+    assert plot.agreement(rows, paper).splitlines() == [
+        "frechet: 2 of 4 pairs come in the paper's order, 1 clearly; the others do not",
+        "",
+        "- NFE 4: c 2.50 before b 3.25",
+        "- NFE 6: b 4.00 before a 5.00, clearly",
+    ]
+    (sentence,) = plot.agreement(rows[:4], paper).splitlines()
+    assert sentence == "frechet: 1 of 1 pairs come in the paper's order, 1 clearly"
