@@ -13,9 +13,9 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SMALL = {"seeds": [0], "fid_samples": 100, "epochs": 1, "n_train": 40}
-QUICK = {"seeds": [0], "settings": {"digits": {"epochs": 1, "rounds": 1, "fid_samples": 100}}}
-for size in ("n_train", "n_train_alt", "n_valid", "n_valid_alt"):
-    QUICK["settings"]["digits"][size] = 40 if "train" in size else 20
+LEAST = {"epochs": 1, "rounds": 1, "fid_samples": 100}
+LEAST |= {"n_train": 40, "n_train_alt": 40, "n_valid": 20, "n_valid_alt": 20}
+QUICK = {"seeds": [0], "settings": {"digits": LEAST}}
 LONG = {
     "ablation_order": SMALL | {"orders": [1, 2], "nfes": [2, 3], "rounds": 1, "n_train_alt": 40},
     "train_solver": SMALL | {"grids": ["edm", "logsnr"], "nfes": [3]},
@@ -24,7 +24,13 @@ LONG = {
     "ablation_init": QUICK | {"nfes": [3], "patient": {}},
     "ablation_design": QUICK | {"nfes": [3]},
     "ablation_dataset_size": QUICK | {"sizes": [20, 40], "nfe": 3},
+    "ablation_joint": QUICK | {"nfes": [3, 4]},
+    "ablation_single_step": QUICK | {"nfes": [3, 4]},
+    "compare_learned": QUICK
+    | {"grids": ["edm", "ld3"], "solvers": ["ipndm"], "nfes": [3], "rival_nfes": [3], "target": 3},
     "figure_coefficient_pca": QUICK | {"nfe": 3},
+    "figure_samples": {"nfe": 3, "n": 4, "plane_nfe": 3}
+    | {"settings": {"digits": LEAST, "mixture": LEAST}},
 }
 
 
@@ -59,6 +65,17 @@ def test_the_long_notebooks_run_from_another_folder(tmp_path, name):
     outputs = str([cell.get("outputs") for cell in nbformat.read(out, 4).cells])
     assert "image/png" in outputs and "| method | order |" in outputs or name != "ablation_order"
     assert "seeds 0 to 99" in outputs
+
+
+SHORT = sorted({path.stem for path in NOTEBOOKS.glob("*.ipynb")} - set(LONG))
+SMALLER = {"00_tour": {"nfe": 4, "samples": 300, "epochs": 1, "rounds": 1}}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_the_short_notebooks_run_from_another_folder(tmp_path, name):
+    done, out = papermill(tmp_path, name, **SMALLER.get(name, {}))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "image/png" in out.read_text("utf-8")
 
 
 @pytest.mark.parametrize(

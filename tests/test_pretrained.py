@@ -18,7 +18,7 @@ from test_latent import (
     write_lsun,
     write_stable_diffusion,
 )
-from test_notebooks import LONG, papermill
+from test_notebooks import LEAST, LONG, papermill
 
 import s4s_core as s4s
 from s4s_core.networks import EDMDenoiser, latent, save_network
@@ -120,12 +120,14 @@ OTHERS = {
     "00_tour": {"nfe": 3, "samples": 4, "epochs": 1, "rounds": 1},
     **{name: small for name, small in LONG.items() if name != "ablation_order"},
 }
+FAST = {"grids": ["edm", "ld3"], "solvers": ["ipndm"], "gammas": [1.0]}  # where there is a choice
 
 
 @pytest.mark.parametrize(("name", "dataset"), zip(OTHERS, cycle([*EDM_FILES, *LATENT])))
 def test_every_other_experiment_takes_a_pretrained_model(tmp_path, folders, name, dataset):
-    parameters = OTHERS[name] | {"dataset": dataset, "settings": json.dumps({dataset: SMALL})}
-    parameters |= {"fid_samples": 4, "n_train": 2} if "n_train" in parameters else {}
+    settings = {dataset: SMALL | {"distance": "l2"}, "mixture": LEAST}
+    fast = {key: FAST.get(key, value) for key, value in OTHERS[name].items()}
+    parameters = fast | {"dataset": dataset, "settings": json.dumps(settings)}
     done, out = papermill(tmp_path, name, folders, **parameters)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Inception of other weights, not FID" in out.read_text("utf-8")
