@@ -37,47 +37,63 @@ def held_out_split(n, fraction=0.2, seed=0):
     return order[n_held_out:], order[:n_held_out]
 
 
-def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=500, ema_images=50_000, seed=0,
-                   every=50, checkpoint="", **unet):  # fmt: skip
+def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=None, cooldown=None, ema_images=50_000,
+                   flip=False, bf16=False, seed=0, every=50, checkpoint="", **unet):  # fmt: skip
     """Train D(x, sigma) on `images` (n, C, H, W); yield `Record(step, loss, EMA network)`.
 
     EDM's recipe (Karras et al. 2022, Table 1): ln sigma ~ N(-1.2, 1.2^2), loss weight
     lambda(sigma) = 1 / c_out(sigma)^2, Adam, and an exponential moving average (EMA) of the
     weights with a half-life of `ema_images` images, shorter at the start. The learning rate rises
-    over `warmup` steps (at most a tenth of all) and falls to zero along a cosine. No flips: a
-    mirrored digit is no digit. `unet` goes to `UNet`. The loss is the mean since the last record,
-    near 1 before training; the network is the running average itself, not a copy.
+    over `warmup` steps (None: 500, at most a tenth of all), stays, and falls to zero along a cosine
+    over the last `cooldown` steps (None: over all). With `flip` half of the images, at random, are
+    mirrored left to right; with `bf16` the network computes in bfloat16 where torch's autocast
+    deems it safe. `unet` goes to `UNet`. The loss is the mean since the last record, near 1 before
+    training; the network is the running average itself, not a copy.
 
     All random numbers of a step follow from (seed, step) alone, so a run that continues from the
     file `checkpoint` (written at every record, used if it is there) ends as if it had never
-    stopped; its first record is then the one it had come to. Raises UsageError for data that are
-    no images, and for a checkpoint of another run.
+    stopped; its first record is then the one it had come to. It may continue with other `steps` and
+    another `cooldown` as long as the rate has not begun to fall: train while there is time, then
+    cool down. Raises UsageError for data that are no images, and for a checkpoint of another run.
     """
     if images.ndim != 4 or min(steps, batch) < 1:
         raise UsageError(
             "training needs images (n, C, H, W) and at least one step and one image a step, "
             f"not {tuple(images.shape)}, {steps} steps and {batch} images"
         )
-    warmup = max(1, min(warmup, steps // 10))
+    warmup = max(1, min(500, steps // 10) if warmup is None else warmup)
+    cooldown = steps if cooldown is None else max(1, min(cooldown, steps))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = EDMPrecond(images.std().item(), in_channels=images.shape[1], **unet)
     net = net.to(images.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     adam = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
-    run = json.dumps(dict(net.config, n=len(images), steps=steps, batch=batch, lr=lr,
-                          warmup=warmup, ema_images=ema_images, seed=seed))  # fmt: skip
+    run = dict(net.config, n=len(images), batch=batch, lr=lr, warmup=warmup, ema_images=ema_images,
+               flip=flip, bf16=bf16, seed=seed)  # fmt: skip
+
+    def history(step):
+        """What the first `step` steps depend on: the length of the run once the rate falls."""
+        falls = dict(steps=steps, cooldown=cooldown) if step > steps - cooldown else {}
+        return json.dumps(run | falls)
+
     start = 0
     if checkpoint and Path(checkpoint).exists():
-        start, loss = _restore(checkpoint, run, net, ema, adam)
+        start, loss = _restore(checkpoint, history, net, ema, adam)
         yield Record(start, loss, ema)
     losses = []
     for step in progress(range(start, steps), desc="training", initial=start, total=steps):
         rise = min((step + 1) / warmup, 1.0)
-        adam.param_groups[0]["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+        fallen = max(0, step - (steps - cooldown)) / cooldown
+        adam.param_groups[0]["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * fallen))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + step)
-            loss = _denoising_loss(net, images[torch.randint(len(images), (batch,))])
+            x_0 = images[torch.randint(len(images), (batch,))]
+            if flip:
+                mirrored = torch.rand(batch, 1, 1, 1).to(x_0) < 0.5
+                x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                loss = _denoising_loss(net, x_0)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -89,7 +105,7 @@ def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=500, ema_images=50_
         if (step + 1) % every == 0 or step + 1 == steps:
             mean = sum(losses) / len(losses)
             if checkpoint:
-                text = {"run": run, "step": str(step + 1), "loss": repr(mean)}
+                text = {"run": history(step + 1), "step": str(step + 1), "loss": repr(mean)}
                 _save_checkpoint(checkpoint, text, net, ema, adam)
             yield Record(step + 1, mean, ema)
             losses = []
@@ -140,16 +156,17 @@ def _save_checkpoint(path, text, net, ema, adam):
     write_atomically(path, safetensors.torch.save(tensors, text))
 
 
-def _restore(path, run, net, ema, adam):
+def _restore(path, history, net, ema, adam):
     """Load the checkpoint: the number of steps already done, and the loss of its record."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise UsageError(f"{path} is not a complete checkpoint ({error}); delete it") from None
-    if metadata.get("run") != run:
+    run, expected = metadata.get("run"), history(int(metadata.get("step", 0)))
+    if run != expected:
         raise UsageError(
-            f"{path} belongs to another run, {metadata.get('run')}, than {run}; "
+            f"{path} belongs to another run, {run}, than {expected}; "
             "use its settings, or another file"
         )
     tensors = safetensors.torch.load_file(path)
