@@ -348,9 +348,34 @@ def test_flipping_shows_an_image_and_its_mirror_image_alike(digits, monkeypatch)
 
 def test_bfloat16_trains_almost_the_same(digits):
     settings = dict(steps=4, batch=64, warmup=1, **SMALL)
-    (exact,), (rounded,) = (list(train_denoiser(digits[0], bf16=b, **settings)) for b in (False, True))
+    (exact,), (rounded,) = (
+        list(train_denoiser(digits[0], bf16=b, **settings)) for b in (False, True)
+    )
     assert 0 < abs(exact.loss - rounded.loss) < 0.02
     assert all(p.dtype == torch.float32 for p in rounded.network.parameters())
+
+
+def test_moved_images_are_windows_of_the_reflected_image():
+    x = normal(50, 3, 8, 8)
+    moved, padded = training._moved(x, 2), F.pad(x, 4 * [2], mode="reflect")
+    places = [
+        [(i, j) for i in range(5) for j in range(5) if torch.equal(m, p[:, i : i + 8, j : j + 8])]
+        for m, p in zip(moved, padded, strict=True)
+    ]
+    assert all(len(found) == 1 for found in places)
+    assert {i for ((i, _),) in places} == {j for ((_, j),) in places} == set(range(5))
+
+
+def test_a_deeper_classifier_learns_from_moved_images_and_is_saved(tmp_path, digits):
+    settings = dict(width=8, deeper=(12,), normalize=True, flip=True, shift=1, bf16=True)
+    *_, last = train_classifier(*digits, 40, batch=64, every=20, **settings)
+    layers = last.network.activations(digits[0][:5])
+    shapes = [(5, 4, 8, 8), (5, 8, 8, 8), (5, 8, 4, 4), (5, 12, 2, 2)]
+    assert [tuple(layer.shape) for layer in layers] == shapes
+    assert last.network.features(digits[0][:5]).shape == (5, 12) and last.loss < 2.2
+    save_network(tmp_path / "net.safetensors", last.network, torch.float32)
+    same = load_network(tmp_path / "net.safetensors")
+    assert torch.equal(same(digits[0]), last.network(digits[0]))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, digits):

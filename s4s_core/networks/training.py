@@ -18,25 +18,6 @@ from .unet import EDMPrecond
 Record = namedtuple("Record", "step loss network")
 
 
-def digits_data():
-    """scikit-learn's handwritten digits: images (1797, 1, 8, 8) in [-1, 1], labels (1797,).
-
-    Grey values are 0 ... 16 in the source (UCI, "Optical Recognition of Handwritten Digits").
-    """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    return images, torch.tensor(data.target)
-
-
-def held_out_split(n, fraction=0.2, seed=0):
-    """Two index tensors that divide 0 ... n-1 at random: training, held out."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    n_held_out = round(fraction * n)
-    return order[n_held_out:], order[:n_held_out]
-
-
 def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=None, cooldown=None, ema_images=50_000,
                    flip=False, bf16=False, seed=0, every=50, checkpoint="", **unet):  # fmt: skip
     """Train D(x, sigma) on `images` (n, C, H, W); yield `Record(step, loss, EMA network)`.
@@ -88,10 +69,7 @@ def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=None, cooldown=None
         adam.param_groups[0]["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * fallen))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + step)
-            x_0 = images[torch.randint(len(images), (batch,))]
-            if flip:
-                mirrored = torch.rand(batch, 1, 1, 1).to(x_0) < 0.5
-                x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
+            x_0 = _mirrored(images[torch.randint(len(images), (batch,))], flip)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                 loss = _denoising_loss(net, x_0)
         adam.zero_grad()
@@ -119,15 +97,19 @@ def _denoising_loss(net, x_0):
     return (weight * (net(x_0 + sigma * noise, sigma.flatten()) - x_0) ** 2).mean()
 
 
-def train_classifier(images, labels, steps, batch=128, lr=3e-3, seed=0, every=50, dropout=0.3):
+def train_classifier(images, labels, steps, batch=128, lr=3e-3, flip=False, shift=0, bf16=False,
+                     seed=0, every=50, dropout=0.3, **classifier):  # fmt: skip
     """Train a `Classifier` on `images` (n, C, H, W), `labels` (n,); yield `Record`s of the network.
 
-    Cross-entropy, AdamW with weight decay 0.01, a cosine from `lr` to zero; random numbers as in
-    `train_denoiser`. The network is in eval mode whenever a record is handed out.
+    Cross-entropy, AdamW with weight decay 0.01, a cosine from `lr` to zero; `flip`, `bf16` and the
+    random numbers as in `train_denoiser`. With `shift` images are moved by up to that many pixels,
+    at random. `classifier` goes to `Classifier`. The network is in eval mode whenever a record is
+    handed out.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = Classifier(images.shape[1], classes=int(labels.max()) + 1, dropout=dropout)
+        classes = int(labels.max()) + 1
+        net = Classifier(images.shape[1], classes=classes, dropout=dropout, **classifier)
     net = net.to(images.device)
     adam = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
     losses = []
@@ -136,7 +118,9 @@ def train_classifier(images, labels, steps, batch=128, lr=3e-3, seed=0, every=50
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + step)
             index = torch.randint(len(images), (batch,))
-            loss = F.cross_entropy(net.train()(images[index]), labels[index])
+            x = _moved(_mirrored(images[index], flip), shift)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(net.train()(x), labels[index])
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -144,6 +128,24 @@ def train_classifier(images, labels, steps, batch=128, lr=3e-3, seed=0, every=50
         if (step + 1) % every == 0 or step + 1 == steps:
             yield Record(step + 1, sum(losses) / len(losses), net.eval())
             losses = []
+
+
+def _mirrored(x, flip):
+    """With `flip`, half of the images at random as their mirror images, left for right."""
+    if not flip:
+        return x
+    chosen = torch.rand(len(x), 1, 1, 1).to(x) < 0.5
+    return torch.where(chosen, x.flip(-1), x)
+
+
+def _moved(x, shift):
+    """Each image moved by up to `shift` pixels either way, its border filled by reflection."""
+    if not shift:
+        return x
+    windows = F.pad(x, 4 * [shift], mode="reflect").unfold(2, x.shape[2], 1)
+    windows = windows.unfold(3, x.shape[3], 1)  # (B, C, 2 shift + 1, 2 shift + 1, H, W), a view
+    down, right = torch.randint(2 * shift + 1, (2, len(x))).to(x.device)
+    return windows[torch.arange(len(x), device=x.device), :, down, right]
 
 
 def _save_checkpoint(path, text, net, ema, adam):
