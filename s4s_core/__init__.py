@@ -18,6 +18,7 @@ from .evaluate import (
     inception_weights,
     merge,
     read_reference,
+    save_statistics,
     to_uint8,
 )
 from .grid import (

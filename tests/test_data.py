@@ -93,3 +93,13 @@ def test_a_damaged_file_is_named(folder, one_sentence, damage):
     (folder / "data_batch_3.bin").write_bytes(damage)
     with one_sentence(str(folder), "data_batch_3.bin", data.CIFAR10):
         cifar10_data(folder)
+
+
+def test_data_of_other_names_are_refused(one_sentence):
+    with one_sentence("ffhq", "cifar10_tiny", "digits"):
+        data.training_data("ffhq")
+
+
+def test_data_go_by_their_name(folder):
+    assert data.training_data("cifar10_tiny", folder)[0].shape == (10, 3, 32, 32)
+    assert data.training_data("digits")[0].shape == (1797, 1, 8, 8)

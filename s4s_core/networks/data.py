@@ -7,11 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base import UsageError
+from ..base import UsageError, one_of
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # the hash that its authors publish beside it
 RECORD = 1 + 3 * 32 * 32  # bytes of an image: its class, then red, green and blue, row by row
+
+
+def training_data(dataset: str, path="") -> tuple[Tensor, Tensor]:
+    """Images (n, C, H, W) in [-1, 1] and labels (n,) behind the shipped networks of `dataset`.
+
+    `path` is where CIFAR-10 is; the digits need none. Raises UsageError for another dataset.
+    """
+    read = {"digits": lambda path: digits_data(), "cifar10_tiny": cifar10_data}
+    return one_of("dataset to learn from", dataset, read)(path)
 
 
 def digits_data() -> tuple[Tensor, Tensor]:

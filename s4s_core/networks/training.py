@@ -17,6 +17,17 @@ from .unet import EDMPrecond
 
 Record = namedtuple("Record", "step loss network")
 
+# How the shipped networks were trained, where the functions below have other defaults.
+RECIPES = {
+    "digits": {"denoiser": {}, "classifier": {}},
+    "cifar10_tiny": {
+        "denoiser": dict(batch=64, lr=1e-3, warmup=300, flip=True, bf16=True, patch=2,
+                         widths=(64, 128, 192), blocks=1, attention=(1, 2), embedding=256),
+        "classifier": dict(flip=True, shift=4, bf16=True, dropout=0.1, width=64,
+                           deeper=(128, 128), normalize=True),
+    },
+}  # fmt: skip
+
 
 def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=None, cooldown=None, ema_images=50_000,
                    flip=False, bf16=False, seed=0, every=50, checkpoint="", **unet):  # fmt: skip
