@@ -102,4 +102,5 @@ def test_data_of_other_names_are_refused(one_sentence):
 
 def test_data_go_by_their_name(folder):
     assert data.training_data("cifar10_tiny", folder)[0].shape == (10, 3, 32, 32)
+    assert data.training_data("cifar10_tiny", folder, test=True)[0].shape == (2, 3, 32, 32)
     assert data.training_data("digits")[0].shape == (1797, 1, 8, 8)

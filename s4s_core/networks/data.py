@@ -14,13 +14,14 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # the hash that its authors pu
 RECORD = 1 + 3 * 32 * 32  # bytes of an image: its class, then red, green and blue, row by row
 
 
-def training_data(dataset: str, path="") -> tuple[Tensor, Tensor]:
+def training_data(dataset: str, path="", test: bool = False) -> tuple[Tensor, Tensor]:
     """Images (n, C, H, W) in [-1, 1] and labels (n,) behind the shipped networks of `dataset`.
 
-    `path` is where CIFAR-10 is; the digits need none. Raises UsageError for another dataset.
+    With `test` those that samples are compared to: CIFAR-10's test set, or once more all digits,
+    which are too few to divide. `path` is where CIFAR-10 is. Raises UsageError for another dataset.
     """
-    read = {"digits": lambda path: digits_data(), "cifar10_tiny": cifar10_data}
-    return one_of("dataset to learn from", dataset, read)(path)
+    read = {"digits": lambda path, test: digits_data(), "cifar10_tiny": cifar10_data}
+    return one_of("dataset to learn from", dataset, read)(path, test)
 
 
 def digits_data() -> tuple[Tensor, Tensor]:
