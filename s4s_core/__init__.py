@@ -19,6 +19,7 @@ from .evaluate import (
     inception_weights,
     merge,
     read_reference,
+    save_statistics,
     to_uint8,
 )
 from .grid import (

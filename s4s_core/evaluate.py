@@ -7,13 +7,16 @@ distance (<network>)".
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from .base import UsageError, needing, progress
+from .base import UsageError, needing, progress, write_atomically
 from .download import fetch, home
 
 INCEPTION_URL = (
@@ -170,13 +173,19 @@ def _torch_fidelity():
     return feature_extractor_inceptionv3
 
 
+def save_statistics(path, side: FeatureSums | FeatureStatistics, **metadata: str) -> None:
+    """Save what a Frechet distance needs of one side, for `read_reference`, as safetensors."""
+    tensors = {"mean": side.mean, "covariance": side.covariance}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
 def read_reference(path, features=None) -> FeatureSums | FeatureStatistics:
     """The other side of a Frechet distance: published statistics, or a folder of images.
 
     An .npz file holds arrays `mu` (F,) and `sigma` (F, F), as those of Karras et al. (2022) and of
-    Dhariwal & Nichol (2021) do. The images of a folder and its subfolders (PNG, JPEG, WebP, all of
-    one size) go as uint8 (B, 3, H, W) through `features` (default: `inception_features()`). Raises
-    UsageError naming the file at fault.
+    Dhariwal & Nichol (2021) do; a .safetensors file what `save_statistics` writes. The images of a
+    folder and its subfolders (PNG, JPEG, WebP, all of one size) go as uint8 (B, 3, H, W) through
+    `features` (default: `inception_features()`). Raises UsageError naming the file at fault.
     """
     path = Path(path)
     return _read_images(path, features) if path.is_dir() else _read_statistics(path)
@@ -184,13 +193,16 @@ def read_reference(path, features=None) -> FeatureSums | FeatureStatistics:
 
 def _read_statistics(path: Path) -> FeatureStatistics:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            mean, covariance = file["mu"], file["sigma"]
+        if path.suffix == ".safetensors":
+            mean, covariance = itemgetter("mean", "covariance")(safetensors.numpy.load_file(path))
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                mean, covariance = file["mu"], file["sigma"]
         kinds = {mean.dtype.kind, covariance.dtype.kind}
     except Exception as error:  # numpy, zipfile and zlib each have their own
         raise UsageError(
-            f"{path} is not an .npz file of reference statistics with arrays mu and sigma "
-            f"({_reason(error)})"
+            f"{path} is not an .npz file of reference statistics with arrays mu and sigma, nor a "
+            f".safetensors file with mean and covariance ({_reason(error)})"
         ) from None
     if kinds != {"f"} or mean.ndim != 1 or covariance.shape != 2 * mean.shape:
         raise UsageError(

@@ -308,20 +308,21 @@ def _mixture(params: Params, device: str) -> Setup:
     )
 
 
-def _digits(params: Params, device: str) -> Setup:
+def _shipped(name: str, data: Callable, params: Params, device: str) -> Setup:
+    """A small model of our own, in the package with the two networks that judge it."""
     # Learning must not see the network that judges it, so the last two are trained apart.
-    files = (params.checkpoint, "digits_classifier.safetensors", "digits_perceptual.safetensors")
+    files = (params.checkpoint, f"{name}_classifier.safetensors", f"{name}_perceptual.safetensors")
     network, classifier, perceptual = (load_network(WEIGHTS / f).to(device) for f in files)
     schedule = NAMED_SCHEDULES[params.schedule]
     return Setup(
-        "digits",
+        name,
         from_denoiser(network, schedule),
         schedule,
         tuple(params.shape),
         params,
         features=lambda x: classifier.features(x.float()),
-        features_name="digits classifier, 64 features",
-        data=lambda: digits_data()[0],
+        features_name=f"{name} classifier, {classifier.head.in_features} features",
+        data=data,
         activations=perceptual.activations,
         weights={f: hashlib.sha256((WEIGHTS / f).read_bytes()).hexdigest() for f in files},
         device=device,
@@ -430,7 +431,7 @@ _LATENT_MODELS = {
 }
 _BUILDERS = {
     "mixture": _mixture,
-    "digits": _digits,
+    "digits": partial(_shipped, "digits", lambda: digits_data()[0]),
     **{name: partial(_edm, name) for name in ("cifar10", "ffhq", "afhqv2")},
     **{name: partial(_latent, name, load_model) for name, load_model in _LATENT_MODELS.items()},
 }

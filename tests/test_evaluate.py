@@ -19,6 +19,7 @@ from s4s_core import (
     inception_weights,
     merge,
     read_reference,
+    save_statistics,
     to_uint8,
 )
 
@@ -321,6 +322,16 @@ def test_published_statistics_are_read(noise, tmp_path, dtype):
     torch.testing.assert_close(found.mean, a.mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.covariance, a.covariance, rtol=1e-6, atol=1e-5)
     assert frechet_distance(a, found) == pytest.approx(0, abs=1e-4)
+
+
+def test_saved_statistics_are_those_that_are_read(noise, tmp_path, one_sentence):
+    a, path = sums(features(noise, 0)), tmp_path / "reference.safetensors"
+    save_statistics(path, a, features="made up")
+    found = read_reference(path)
+    assert torch.equal(found.mean, a.mean) and torch.equal(found.covariance, a.covariance)
+    path.write_bytes(path.read_bytes()[:-1])
+    with one_sentence(str(path), "mean and covariance"):
+        read_reference(path)
 
 
 class Executed:

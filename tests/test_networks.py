@@ -7,6 +7,7 @@ import os
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 from s4s_core import UsageError
 from s4s_core.networks import (
@@ -20,6 +21,7 @@ from s4s_core.networks import (
     save_network,
     train_classifier,
     train_denoiser,
+    training,
 )
 from s4s_core.zoo import WEIGHTS
 
@@ -123,6 +125,15 @@ def test_an_image_does_not_depend_on_its_neighbours(shipped, batch):
     x = normal(256, 1, 8, 8)
     parts = torch.cat([shipped(part, 1.0) for part in x.split(batch)])
     assert torch.equal(parts, shipped(x, 1.0))
+
+
+def test_patches_are_channels_of_a_smaller_image():
+    patched = randomized(UNet(in_channels=3, patch=2, **SMALL)).double()
+    plain = UNet(in_channels=12, **SMALL).double()
+    plain.load_state_dict(patched.state_dict())
+    x, c_noise = normal(2, 3, 8, 8), normal(2)
+    expected = F.pixel_shuffle(plain(F.pixel_unshuffle(x, 2), c_noise), 2)
+    assert torch.equal(patched(x, c_noise), expected)
 
 
 # ---- architecture
@@ -299,6 +310,72 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(tmp_path, digits):
         assert torch.equal(a, b)
     (done,) = train_denoiser(digits[0], checkpoint=checkpoint, **settings)
     assert done[:2] == whole[:2]
+
+
+def test_a_training_may_be_lengthened_until_its_rate_falls(tmp_path, digits):
+    settings = dict(batch=8, every=2, warmup=2, flip=True, **SMALL)
+    *_, whole = train_denoiser(digits[0], 6, cooldown=2, **settings)
+    checkpoint = tmp_path / "run.safetensors"
+    run = train_denoiser(digits[0], 100, cooldown=50, checkpoint=checkpoint, **settings)
+    assert next(run).step == 2 and next(run).step == 4
+    run.close()
+    *_, cooled = train_denoiser(digits[0], 6, cooldown=2, checkpoint=checkpoint, **settings)
+    for a, b in zip(cooled.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UsageError, match="belongs to another run"):
+        list(train_denoiser(digits[0], 100, cooldown=50, checkpoint=checkpoint, **settings))
+
+
+def test_the_rate_rises_stays_and_falls(digits, monkeypatch):
+    rates = []
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"])
+    )
+    list(train_denoiser(digits[0], 8, batch=1, lr=1.0, warmup=2, cooldown=4, **SMALL))
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.5 + 8**-0.5, 0.5, 0.5 - 8**-0.5])
+
+
+def test_flipping_shows_an_image_and_its_mirror_image_alike(digits, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training, "_denoising_loss", lambda net, x: seen.append(x) or net(x, x.mean()).sum()
+    )
+    list(train_denoiser(digits[0][:1], 1, batch=400, flip=True, **SMALL))
+    mirrored = (seen[0] == digits[0][0].flip(-1)).flatten(1).all(1)
+    assert mirrored.sum() == pytest.approx(200, abs=60)
+    assert torch.equal(seen[0][~mirrored], digits[0][:1].expand(400, -1, -1, -1)[~mirrored])
+
+
+def test_bfloat16_trains_almost_the_same(digits):
+    settings = dict(steps=4, batch=64, warmup=1, **SMALL)
+    (exact,), (rounded,) = (
+        list(train_denoiser(digits[0], bf16=b, **settings)) for b in (False, True)
+    )
+    assert 0 < abs(exact.loss - rounded.loss) < 0.02
+    assert all(p.dtype == torch.float32 for p in rounded.network.parameters())
+
+
+def test_moved_images_are_windows_of_the_reflected_image():
+    x = normal(50, 3, 8, 8)
+    moved, padded = training._moved(x, 2), F.pad(x, 4 * [2], mode="reflect")
+    places = [
+        [(i, j) for i in range(5) for j in range(5) if torch.equal(m, p[:, i : i + 8, j : j + 8])]
+        for m, p in zip(moved, padded, strict=True)
+    ]
+    assert all(len(found) == 1 for found in places)
+    assert {i for ((i, _),) in places} == {j for ((_, j),) in places} == set(range(5))
+
+
+def test_a_deeper_classifier_learns_from_moved_images_and_is_saved(tmp_path, digits):
+    settings = dict(width=8, deeper=(12,), normalize=True, flip=True, shift=1, bf16=True)
+    *_, last = train_classifier(*digits, 40, batch=64, every=20, **settings)
+    layers = last.network.activations(digits[0][:5])
+    shapes = [(5, 4, 8, 8), (5, 8, 8, 8), (5, 8, 4, 4), (5, 12, 2, 2)]
+    assert [tuple(layer.shape) for layer in layers] == shapes
+    assert last.network.features(digits[0][:5]).shape == (5, 12) and last.loss < 2.2
+    save_network(tmp_path / "net.safetensors", last.network, torch.float32)
+    same = load_network(tmp_path / "net.safetensors")
+    assert torch.equal(same(digits[0]), last.network(digits[0]))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, digits):

@@ -17,67 +17,72 @@ from .unet import EDMPrecond
 
 Record = namedtuple("Record", "step loss network")
 
-
-def digits_data():
-    """scikit-learn's handwritten digits: images (1797, 1, 8, 8) in [-1, 1], labels (1797,).
-
-    Grey values are 0 ... 16 in the source (UCI, "Optical Recognition of Handwritten Digits").
-    """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    return images, torch.tensor(data.target)
-
-
-def held_out_split(n, fraction=0.2, seed=0):
-    """Two index tensors that divide 0 ... n-1 at random: training, held out."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    n_held_out = round(fraction * n)
-    return order[n_held_out:], order[:n_held_out]
+# How the shipped networks were trained, where the functions below have other defaults.
+RECIPES = {
+    "digits": {"denoiser": {}, "classifier": {}},
+    "cifar10_tiny": {
+        "denoiser": dict(batch=64, lr=1e-3, warmup=300, flip=True, bf16=True, patch=2,
+                         widths=(64, 128, 192), blocks=1, attention=(1, 2), embedding=256),
+        "classifier": dict(flip=True, shift=4, bf16=True, dropout=0.1, width=64,
+                           deeper=(128, 128), normalize=True),
+    },
+}  # fmt: skip
 
 
-def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=500, ema_images=50_000, seed=0,
-                   every=50, checkpoint="", **unet):  # fmt: skip
+def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=None, cooldown=None, ema_images=50_000,
+                   flip=False, bf16=False, seed=0, every=50, checkpoint="", **unet):  # fmt: skip
     """Train D(x, sigma) on `images` (n, C, H, W); yield `Record(step, loss, EMA network)`.
 
     EDM's recipe (Karras et al. 2022, Table 1): ln sigma ~ N(-1.2, 1.2^2), loss weight
     lambda(sigma) = 1 / c_out(sigma)^2, Adam, and an exponential moving average (EMA) of the
     weights with a half-life of `ema_images` images, shorter at the start. The learning rate rises
-    over `warmup` steps (at most a tenth of all) and falls to zero along a cosine. No flips: a
-    mirrored digit is no digit. `unet` goes to `UNet`. The loss is the mean since the last record,
-    near 1 before training; the network is the running average itself, not a copy.
+    over `warmup` steps (None: 500, at most a tenth of all), stays, and falls to zero along a cosine
+    over the last `cooldown` steps (None: over all). With `flip` half of the images, at random, are
+    mirrored left to right; with `bf16` the network computes in bfloat16 where torch's autocast
+    deems it safe. `unet` goes to `UNet`. The loss is the mean since the last record, near 1 before
+    training; the network is the running average itself, not a copy.
 
     All random numbers of a step follow from (seed, step) alone, so a run that continues from the
     file `checkpoint` (written at every record, used if it is there) ends as if it had never
-    stopped; its first record is then the one it had come to. Raises UsageError for data that are
-    no images, and for a checkpoint of another run.
+    stopped; its first record is then the one it had come to. It may continue with other `steps` and
+    another `cooldown` as long as the rate has not begun to fall: train while there is time, then
+    cool down. Raises UsageError for data that are no images, and for a checkpoint of another run.
     """
     if images.ndim != 4 or min(steps, batch) < 1:
         raise UsageError(
             "training needs images (n, C, H, W) and at least one step and one image a step, "
             f"not {tuple(images.shape)}, {steps} steps and {batch} images"
         )
-    warmup = max(1, min(warmup, steps // 10))
+    warmup = max(1, min(500, steps // 10) if warmup is None else warmup)
+    cooldown = steps if cooldown is None else max(1, min(cooldown, steps))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = EDMPrecond(images.std().item(), in_channels=images.shape[1], **unet)
     net = net.to(images.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     adam = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
-    run = json.dumps(dict(net.config, n=len(images), steps=steps, batch=batch, lr=lr,
-                          warmup=warmup, ema_images=ema_images, seed=seed))  # fmt: skip
+    run = dict(net.config, n=len(images), batch=batch, lr=lr, warmup=warmup, ema_images=ema_images,
+               flip=flip, bf16=bf16, seed=seed)  # fmt: skip
+
+    def history(step):
+        """What the first `step` steps depend on: the length of the run once the rate falls."""
+        falls = dict(steps=steps, cooldown=cooldown) if step > steps - cooldown else {}
+        return json.dumps(run | falls)
+
     start = 0
     if checkpoint and Path(checkpoint).exists():
-        start, loss = _restore(checkpoint, run, net, ema, adam)
+        start, loss = _restore(checkpoint, history, net, ema, adam)
         yield Record(start, loss, ema)
     losses = []
     for step in progress(range(start, steps), desc="training", initial=start, total=steps):
         rise = min((step + 1) / warmup, 1.0)
-        adam.param_groups[0]["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+        fallen = max(0, step - (steps - cooldown)) / cooldown
+        adam.param_groups[0]["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * fallen))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + step)
-            loss = _denoising_loss(net, images[torch.randint(len(images), (batch,))])
+            x_0 = _mirrored(images[torch.randint(len(images), (batch,))], flip)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                loss = _denoising_loss(net, x_0)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -89,7 +94,7 @@ def train_denoiser(images, steps, batch=128, lr=2e-3, warmup=500, ema_images=50_
         if (step + 1) % every == 0 or step + 1 == steps:
             mean = sum(losses) / len(losses)
             if checkpoint:
-                text = {"run": run, "step": str(step + 1), "loss": repr(mean)}
+                text = {"run": history(step + 1), "step": str(step + 1), "loss": repr(mean)}
                 _save_checkpoint(checkpoint, text, net, ema, adam)
             yield Record(step + 1, mean, ema)
             losses = []
@@ -103,15 +108,19 @@ def _denoising_loss(net, x_0):
     return (weight * (net(x_0 + sigma * noise, sigma.flatten()) - x_0) ** 2).mean()
 
 
-def train_classifier(images, labels, steps, batch=128, lr=3e-3, seed=0, every=50, dropout=0.3):
+def train_classifier(images, labels, steps, batch=128, lr=3e-3, flip=False, shift=0, bf16=False,
+                     seed=0, every=50, dropout=0.3, **classifier):  # fmt: skip
     """Train a `Classifier` on `images` (n, C, H, W), `labels` (n,); yield `Record`s of the network.
 
-    Cross-entropy, AdamW with weight decay 0.01, a cosine from `lr` to zero; random numbers as in
-    `train_denoiser`. The network is in eval mode whenever a record is handed out.
+    Cross-entropy, AdamW with weight decay 0.01, a cosine from `lr` to zero; `flip`, `bf16` and the
+    random numbers as in `train_denoiser`. With `shift` images are moved by up to that many pixels,
+    at random. `classifier` goes to `Classifier`. The network is in eval mode whenever a record is
+    handed out.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = Classifier(images.shape[1], classes=int(labels.max()) + 1, dropout=dropout)
+        classes = int(labels.max()) + 1
+        net = Classifier(images.shape[1], classes=classes, dropout=dropout, **classifier)
     net = net.to(images.device)
     adam = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
     losses = []
@@ -120,7 +129,9 @@ def train_classifier(images, labels, steps, batch=128, lr=3e-3, seed=0, every=50
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + step)
             index = torch.randint(len(images), (batch,))
-            loss = F.cross_entropy(net.train()(images[index]), labels[index])
+            x = _moved(_mirrored(images[index], flip), shift)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(net.train()(x), labels[index])
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -128,6 +139,24 @@ def train_classifier(images, labels, steps, batch=128, lr=3e-3, seed=0, every=50
         if (step + 1) % every == 0 or step + 1 == steps:
             yield Record(step + 1, sum(losses) / len(losses), net.eval())
             losses = []
+
+
+def _mirrored(x, flip):
+    """With `flip`, half of the images at random as their mirror images, left for right."""
+    if not flip:
+        return x
+    chosen = torch.rand(len(x), 1, 1, 1).to(x) < 0.5
+    return torch.where(chosen, x.flip(-1), x)
+
+
+def _moved(x, shift):
+    """Each image moved by up to `shift` pixels either way, its border filled by reflection."""
+    if not shift:
+        return x
+    windows = F.pad(x, 4 * [shift], mode="reflect").unfold(2, x.shape[2], 1)
+    windows = windows.unfold(3, x.shape[3], 1)  # (B, C, 2 shift + 1, 2 shift + 1, H, W), a view
+    down, right = torch.randint(2 * shift + 1, (2, len(x))).to(x.device)
+    return windows[torch.arange(len(x), device=x.device), :, down, right]
 
 
 def _save_checkpoint(path, text, net, ema, adam):
@@ -140,16 +169,17 @@ def _save_checkpoint(path, text, net, ema, adam):
     write_atomically(path, safetensors.torch.save(tensors, text))
 
 
-def _restore(path, run, net, ema, adam):
+def _restore(path, history, net, ema, adam):
     """Load the checkpoint: the number of steps already done, and the loss of its record."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise UsageError(f"{path} is not a complete checkpoint ({error}); delete it") from None
-    if metadata.get("run") != run:
+    run, expected = metadata.get("run"), history(int(metadata.get("step", 0)))
+    if run != expected:
         raise UsageError(
-            f"{path} belongs to another run, {metadata.get('run')}, than {run}; "
+            f"{path} belongs to another run, {run}, than {expected}; "
             "use its settings, or another file"
         )
     tensors = safetensors.torch.load_file(path)

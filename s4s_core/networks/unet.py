@@ -90,12 +90,13 @@ class UNet(nn.Module):
 
     `widths` are the channels at resolutions H, H/2, H/4, ...; `blocks` the residual blocks at each
     of them, on the way down and on the way up; `attention` lists the levels (0 is the finest) that
-    get self-attention; `embedding` is the width of the noise embedding. `UNet(**net.config)`
-    rebuilds the network.
+    get self-attention; `embedding` is the width of the noise embedding. With `patch` = p the
+    network sees p x p pixels as one, with p^2 times the channels, which is faster by about p^2: all
+    resolutions are then those of H/p. `UNet(**net.config)` rebuilds the network.
     """
 
     def __init__(self, in_channels=1, widths=(16, 64), blocks=1, attention=(), embedding=128,
-                 dropout=0.0):  # fmt: skip
+                 dropout=0.0, patch=1):  # fmt: skip
         super().__init__()
         self.config = dict(
             in_channels=in_channels,
@@ -104,13 +105,14 @@ class UNet(nn.Module):
             attention=list(attention),
             embedding=embedding,
             dropout=dropout,
+            patch=patch,
         )
 
         def block(c_in, c_out, level, resample=""):
             return Block(c_in, c_out, embedding, resample, level in attention, dropout)
 
         self.embedding = NoiseEmbedding(embedding)
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c = widths[0]
         for level, width in enumerate(widths):
@@ -124,19 +126,20 @@ class UNet(nn.Module):
             self.up.extend(block(2 * width, width, level) for _ in range(blocks))
             c = width
         self.norm_out = group_norm(c)
-        self.conv_out = zero_init(nn.Conv2d(c, in_channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(c, in_channels * patch**2, 3, padding=1))
         # On a CPU this layout makes the 3x3 convolutions 1.5 to 4 times as fast.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, c_noise):
         emb = self.embedding(c_noise)
-        x, skips = self.conv_in(x), []
+        x, skips = self.conv_in(F.pixel_unshuffle(x, self.config["patch"])), []
         for block in self.down:
             skips.append(x := block(x, emb))
         x = self.middle(x, emb)
         for block in self.up:
             x = block(x if block.resample else torch.cat([x, skips.pop()], dim=1), emb)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.config["patch"])
 
 
 def precondition(network, x, sigma, sigma_data):

@@ -1,0 +1,82 @@
+"""The images that the shipped networks learn from."""
+
+import hashlib
+import tarfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base import UsageError, one_of
+
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # the hash that its authors publish beside it
+RECORD = 1 + 3 * 32 * 32  # bytes of an image: its class, then red, green and blue, row by row
+
+
+def training_data(dataset: str, path="", test: bool = False) -> tuple[Tensor, Tensor]:
+    """Images (n, C, H, W) in [-1, 1] and labels (n,) behind the shipped networks of `dataset`.
+
+    With `test` those that samples are compared to: CIFAR-10's test set, or once more all digits,
+    which are too few to divide. `path` is where CIFAR-10 is. Raises UsageError for another dataset.
+    """
+    read = {"digits": lambda path, test: digits_data(), "cifar10_tiny": cifar10_data}
+    return one_of("dataset to learn from", dataset, read)(path, test)
+
+
+def digits_data() -> tuple[Tensor, Tensor]:
+    """scikit-learn's handwritten digits: images (1797, 1, 8, 8) in [-1, 1], labels (1797,).
+
+    Grey values are 0 ... 16 in the source (UCI, "Optical Recognition of Handwritten Digits").
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    return images, torch.tensor(data.target)
+
+
+def cifar10_data(path, test: bool = False) -> tuple[Tensor, Tensor]:
+    """CIFAR-10: images (50000, 3, 32, 32) in [-1, 1] and labels (50000,); with `test` its 10000.
+
+    Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images". `path` is the binary
+    version's archive, or the folder with its .bin files. Raises UsageError, saying where the
+    archive is to be had, for anything else.
+    """
+    path = Path(path)
+    names = ["test_batch.bin"] if test else [f"data_batch_{i}.bin" for i in range(1, 6)]
+    try:
+        if path.is_dir():
+            files = [(path / name).read_bytes() for name in names]
+        else:
+            files = _unpack(path, names)
+    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
+        raise UsageError(
+            f"CIFAR-10 could not be read from {path} ({error}): fetch {CIFAR10}, and give the path "
+            "of the archive, or of the folder with the .bin files in it"
+        ) from None
+    for name, content in zip(names, files, strict=True):
+        if not content or len(content) % RECORD or max(content[::RECORD]) > 9:
+            raise UsageError(f"{path}: {name} does not hold images of CIFAR-10; fetch {CIFAR10}")
+    records = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8).view(-1, RECORD)
+    return records[:, 1:].reshape(-1, 3, 32, 32) / 127.5 - 1, records[:, 0].long()
+
+
+def _unpack(path: Path, names: list[str]) -> list[bytes]:
+    """The content of the archive's members; UsageError unless it is the one that is published."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != CIFAR10_MD5:
+        raise UsageError(
+            f"{path} is not the archive {CIFAR10}: its md5 is {found} instead of {CIFAR10_MD5}; "
+            "fetch it again"
+        )
+    with tarfile.open(path) as archive:
+        return [archive.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names]
+
+
+def held_out_split(n, fraction=0.2, seed=0):
+    """Two index tensors that divide 0 ... n-1 at random: training, held out."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    n_held_out = round(fraction * n)
+    return order[n_held_out:], order[:n_held_out]
