@@ -341,6 +341,14 @@ def _markdown(lines: list[list[str]]) -> Table:
     return Table("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
 
 
+def _grouped(rows, keys) -> dict[tuple, list]:
+    """The rows by their values of `keys`, in order of first appearance."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
 def table(rows, index=("learn", "order"), column="nfe", value="frechet", digits=2) -> Table:
     """Mean of `value` in a grid of `index` by `column`, with half the range over seeds after ±.
 
@@ -372,11 +380,8 @@ def compare(rows, by: str, within=("method", "nfe"), value="frechet", digits=3) 
     """
     lines = [[*within, f"best {by}", "runner-up", f"{value}, best", "runner-up", "clear"]]
     lines.append(["---"] * len(lines[0]))
-    for group in dict.fromkeys(tuple(row[key] for key in within) for row in rows):
-        runs = {}
-        for row in rows:
-            if tuple(row[key] for key in within) == group:
-                runs.setdefault(row[by], []).append(row[value])
+    for group, members in _grouped(rows, within).items():
+        runs = {key: [row[value] for row in own] for (key,), own in _grouped(members, [by]).items()}
         if len(runs) < 2:
             continue
         first, second = sorted(runs, key=lambda setting: np.mean(runs[setting]))[:2]
@@ -394,24 +399,15 @@ def cells_better(
     Cells where it is not are named, with both means; "clear" counts those in which the worst seed
     of the better setting beats the best seed of the other.
     """
-    cells = {}
-    for row in rows:
-        cell = cells.setdefault(tuple(row[key] for key in within), {})
-        cell.setdefault(row[by], []).append(row[value])
-    pairs = {k: (c[setting], c[than]) for k, c in cells.items() if setting in c and than in c}
+    runs = {k: [row[value] for row in own] for k, own in _grouped(rows, (*within, by)).items()}
+    cells = _grouped(rows, within)
+    pairs = {k: tuple(runs.get((*k, s), ()) for s in (setting, than)) for k in cells}
+    pairs = {k: pair for k, pair in pairs.items() if all(pair)}
     worse = {k: (np.mean(a), np.mean(b)) for k, (a, b) in pairs.items() if np.mean(a) >= np.mean(b)}
     clear = sum(max(a) < min(b) for a, b in pairs.values())
     text = f"{value}: better in {len(pairs) - len(worse)} of {len(pairs)} cells, clearly in {clear}"
     lines = [f"- {', '.join(map(str, k))}: {a:.3f} against {b:.3f}" for k, (a, b) in worse.items()]
     return Table("\n".join([text + (", not in" if worse else ""), "", *lines]))
-
-
-def _grouped(rows, keys) -> dict[tuple, list]:
-    """The rows by their values of `keys`, in order of first appearance."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
 
 
 def best(rows, of, within=("method", "nfe"), value="frechet") -> list[dict]:
