@@ -162,6 +162,11 @@ def dpm_solver_v3(
             columns = [i + role - point for point in points]
             tables[role, i, columns] = weights * _over(s[points] / grid.s.diff()[i], weights)
     tables[1, -1] = 0  # the end point is never evaluated
+    if not (tables.isfinite().all() and d.isfinite().all()):
+        raise UsageError(
+            "the statistics are so large that the table overflows: compute them from more samples "
+            "(n_train)"
+        )
     return Coefficients(
         tables[0, :, :order],
         None if corrector == "none" else tables[1],

@@ -74,8 +74,7 @@ class Coefficients:
                 continue
             if table.shape[: len(shape)] != shape:
                 raise UsageError(f"{name} must have shape {shape} here, not {tuple(table.shape)}")
-            if not table.isfinite().all():
-                raise UsageError(f"{name} must be finite, not {table.tolist()}")
+            _check_finite(name, table)
             if name in ("l", "d"):
                 continue
             future = torch.ones(shape, dtype=torch.bool).triu(2 if name == "c" else 1)
@@ -146,8 +145,7 @@ class SingleStepCoefficients:
             table = getattr(self, name)
             if table.shape != shape:
                 raise UsageError(f"{name} must have shape {shape} here, not {tuple(table.shape)}")
-            if not table.isfinite().all():
-                raise UsageError(f"{name} must be finite, not {table.tolist()}")
+            _check_finite(name, table)
         if self.a.detach().triu().any():
             raise UsageError("a weighs evaluations that do not exist yet")
         c = self.c.detach()
@@ -227,6 +225,12 @@ def consistent(coefficients):
 
 
 # --- Published solvers as tables ------------------------------------------------------------
+
+
+def _check_finite(name: str, table: Tensor) -> None:
+    wrong = (~table.isfinite()).nonzero().tolist()
+    if wrong:
+        raise UsageError(f"{name} must be finite, not {table[tuple(wrong[0])]} at {wrong[0]}")
 
 
 def _table(rows: list[list], order: int) -> Tensor:

@@ -294,6 +294,8 @@ def test_slips_are_told_in_one_sentence(one_sentence, setup_of, toy):
         model_statistics(setup_of(hidden, 3), torch.zeros(2, 3))
     with one_sentence("finite"):
         constant(EDM(), math.nan, 0.0)
+    with one_sentence("overflows", "n_train"):
+        dpm_solver_v3(grid, constant(VPLinear(), 0.0, -1e4))
     with one_sentence("one shape"):
         ModelStatistics(statistics.lam, statistics.l, statistics.s, statistics.b[:-1])
 
