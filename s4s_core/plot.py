@@ -349,6 +349,11 @@ def _grouped(rows, keys) -> dict[tuple, list]:
     return groups
 
 
+def _values(rows, keys, value: str) -> dict[tuple, list]:
+    """`value` of the rows, by their values of `keys`."""
+    return {k: [row[value] for row in own] for k, own in _grouped(rows, keys).items()}
+
+
 def table(rows, index=("learn", "order"), column="nfe", value="frechet", digits=2) -> Table:
     """Mean of `value` in a grid of `index` by `column`, with half the range over seeds after ±.
 
@@ -356,17 +361,15 @@ def table(rows, index=("learn", "order"), column="nfe", value="frechet", digits=
     index  keys of a row that tell the lines apart, in order of first appearance
     """
     columns = sorted({row[column] for row in rows})
-    lines = dict.fromkeys(tuple(row[key] for key in index) for row in rows)
+    found = _values(rows, (*index, column), value)
     text = [
         [*index, *(f"{column.upper()} {c}" for c in columns)],
         ["---"] * (len(index) + len(columns)),
     ]
-    for line in lines:
+    for line in _grouped(rows, index):
         cells = []
         for c in columns:
-            values = [
-                r[value] for r in rows if tuple(r[k] for k in index) == line and r[column] == c
-            ]
+            values = found.get((*line, c), [])
             spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
         text.append([*map(str, line), *cells])
@@ -381,7 +384,7 @@ def compare(rows, by: str, within=("method", "nfe"), value="frechet", digits=3) 
     lines = [[*within, f"best {by}", "runner-up", f"{value}, best", "runner-up", "clear"]]
     lines.append(["---"] * len(lines[0]))
     for group, members in _grouped(rows, within).items():
-        runs = {key: [row[value] for row in own] for (key,), own in _grouped(members, [by]).items()}
+        runs = {setting: values for (setting,), values in _values(members, [by], value).items()}
         if len(runs) < 2:
             continue
         first, second = sorted(runs, key=lambda setting: np.mean(runs[setting]))[:2]
@@ -399,7 +402,7 @@ def cells_better(
     Cells where it is not are named, with both means; "clear" counts those in which the worst seed
     of the better setting beats the best seed of the other.
     """
-    runs = {k: [row[value] for row in own] for k, own in _grouped(rows, (*within, by)).items()}
+    runs = _values(rows, (*within, by), value)
     cells = _grouped(rows, within)
     pairs = {k: tuple(runs.get((*k, s), ()) for s in (setting, than)) for k in cells}
     pairs = {k: pair for k, pair in pairs.items() if all(pair)}
@@ -428,7 +431,7 @@ def agreement(rows, paper: dict, by="method", within="nfe", value="frechet", dig
     paper  value of `within` -> the settings as the paper ranks them, best first
     "clearly" means that the worst seed of one still beats the best seed of the other.
     """
-    values = {k: [r[value] for r in runs] for k, runs in _grouped(rows, (within, by)).items()}
+    values = _values(rows, (within, by), value)
     pairs = [
         (at, values[at, first], values[at, second], first, second)
         for at, order in paper.items()
