@@ -47,7 +47,7 @@ def archive(tmp_path, folder, monkeypatch):
     path = tmp_path / "cifar-10-binary.tar.gz"
     with tarfile.open(path, "w:gz") as file:
         file.add(folder, folder.name)
-    monkeypatch.setattr(data, "CIFAR10_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(data, "CIFAR10_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 
@@ -66,7 +66,7 @@ def test_the_images_and_labels_are_those_of_the_files(files, request, kind):
 def test_another_archive_is_refused_unread(archive, one_sentence, monkeypatch):
     monkeypatch.setattr(tarfile, "open", lambda path: pytest.fail("opened"))
     archive.write_bytes(archive.read_bytes()[:-1])
-    with one_sentence(str(archive), "md5", data.CIFAR10_MD5, "fetch it again"):
+    with one_sentence(str(archive), "sha256", data.CIFAR10_SHA256, "fetch it again"):
         cifar10_data(archive)
 
 
@@ -74,7 +74,7 @@ def test_an_archive_without_the_files_is_told(tmp_path, one_sentence, monkeypatc
     path = tmp_path / "other.tar"
     with tarfile.open(path, "w") as file:
         file.addfile(tarfile.TarInfo("readme.html"), io.BytesIO())
-    monkeypatch.setattr(data, "CIFAR10_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(data, "CIFAR10_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     with one_sentence(str(path), "data_batch_1.bin", data.CIFAR10):
         cifar10_data(path)
 
