@@ -346,12 +346,15 @@ def test_flipping_shows_an_image_and_its_mirror_image_alike(digits, monkeypatch)
     assert torch.equal(seen[0][~mirrored], digits[0][:1].expand(400, -1, -1, -1)[~mirrored])
 
 
-def test_bfloat16_trains_almost_the_same(digits):
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_trains_almost_the_same_and_is_not_emulated(digits, supported, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     settings = dict(steps=4, batch=64, warmup=1, **SMALL)
     (exact,), (rounded,) = (
         list(train_denoiser(digits[0], bf16=b, **settings)) for b in (False, True)
     )
-    assert 0 < abs(exact.loss - rounded.loss) < 0.02
+    assert (exact.loss != rounded.loss) == supported
+    assert exact.loss == pytest.approx(rounded.loss, abs=0.02)
     assert all(p.dtype == torch.float32 for p in rounded.network.parameters())
 
 
