@@ -432,6 +432,11 @@ _LATENT_MODELS = {
 _BUILDERS = {
     "mixture": _mixture,
     "digits": partial(_shipped, "digits", lambda: digits_data()[0]),
+    "cifar10_tiny": partial(
+        _shipped,
+        "cifar10_tiny",
+        lambda: read_reference(WEIGHTS / "cifar10_tiny_reference.safetensors"),
+    ),
     **{name: partial(_edm, name) for name in ("cifar10", "ffhq", "afhqv2")},
     **{name: partial(_latent, name, load_model) for name, load_model in _LATENT_MODELS.items()},
 }

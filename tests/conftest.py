@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +129,12 @@ def vgg_home(tmp_path_factory):
     folder.mkdir(parents=True)
     torch.save(state, folder / VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
     return home
+
+
+@pytest.fixture
+def squeeze():
+    """`squeeze(resize)`: LPIPS with the smallest trunk, from torchvision's cache."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if not list(folder.glob("squeezenet1_1-*.pth")):
+        pytest.skip("needs torchvision's squeezenet1_1 weights in $TORCH_HOME/hub/checkpoints")
+    return lambda resize=None: s4s.lpips_distance("squeeze", resize)

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -148,15 +147,6 @@ def test_the_target_gets_no_gradient(noise):
 
 
 # --- Perceptual distances ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def squeeze():
-    """`squeeze(resize)`: LPIPS with the smallest trunk, from torchvision's cache."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if not list(folder.glob("squeezenet1_1-*.pth")):
-        pytest.skip("needs torchvision's squeezenet1_1 weights in $TORCH_HOME/hub/checkpoints")
-    return lambda resize=None: lpips_distance("squeeze", resize)
 
 
 def images(noise, seed: int, channels: int = 3, side: int = 32):
