@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -317,7 +318,7 @@ def _run_in_processes(rounds: list[tuple[Callable, list[Experiment]]], workers: 
     """Fill the cache, one round after the other: the second needs what the first shares."""
     context = multiprocessing.get_context("spawn")  # forked children inherit torch's locks
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
         try:
             with progress(total=sum(len(e) for _, e in rounds), desc="runs") as bar:
                 for job, experiments in rounds:
@@ -330,6 +331,13 @@ def _run_in_processes(rounds: list[tuple[Callable, list[Experiment]]], workers: 
             raise
         finally:  # after an error those under way are finished, and kept
             pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """One thread, and an end with the parent: workers of a killed kernel would stay for good."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def start(experiment: Experiment) -> Solver:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -588,6 +589,35 @@ def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
     with pytest.raises(s4s.LearningDiverged, match="diverged in phase 'phi'") as error:
         s4s.run_all(many, workers=2)
     assert error.value.best.nfe in (2, 3)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    (tmp_path / "jobs.py").write_text(
+        "import time\n"
+        "def beat(path):\n"
+        "    while True:\n"
+        "        open(path, 'a').write('.')\n"
+        "        time.sleep(0.05)\n"
+    )
+    beats = [tmp_path / name for name in ("first", "second")]
+    code = (
+        "import jobs\n"
+        "from s4s_core.experiment import _run_in_processes\n"
+        f"_run_in_processes([(jobs.beat, {[str(path) for path in beats]})], 2)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    try:
+        limit = time.monotonic() + 100
+        while not all(path.exists() for path in beats):
+            assert parent.poll() is None and time.monotonic() < limit
+            time.sleep(0.1)
+    finally:
+        parent.kill()
+        parent.wait()
+    time.sleep(2)
+    before = [path.stat().st_size for path in beats]
+    time.sleep(1)
+    assert [path.stat().st_size for path in beats] == before
 
 
 def test_a_list_is_of_numbers_or_of_names(one_sentence):
