@@ -94,8 +94,11 @@ def test_the_appendix_trains_its_networks_from_a_folder(tmp_path):
     differs = {"sigma_data", "widths"}
     assert {k for k in config[0] if config[0][k] != shipped[0][k]} == differs
     assert config[1:] == shipped[1:]
-    statistics = s4s.read_reference(tmp_path / "mine_reference.safetensors")
-    assert statistics.mean.shape == (128,)
+    saved = s4s.read_reference(tmp_path / "mine_reference.safetensors")
+    judge = load_network(tmp_path / "mine_classifier.safetensors")
+    again = s4s.feature_sums(judge.features, [cifar10_data(tmp_path, test=True)[0]])
+    torch.testing.assert_close(saved.mean, again.mean, rtol=1e-6, atol=1e-7)
+    assert saved.mean.shape == (128,)
 
 
 @needs_cifar10
