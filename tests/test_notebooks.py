@@ -16,8 +16,6 @@ SMALL = {"seeds": [0], "fid_samples": 100, "epochs": 1, "n_train": 40}
 LEAST = {"epochs": 1, "rounds": 1, "fid_samples": 100}
 LEAST |= {"n_train": 40, "n_train_alt": 40, "n_valid": 20, "n_valid_alt": 20}
 QUICK = {"seeds": [0], "settings": {"digits": LEAST}}
-PICTURES = {"grids": ["edm", "logsnr", "ld3"], "solvers": ["unipc"], "nfes": [3], "shown": 3}
-PICTURES |= {"distances": ["features", "l2"], "n": 4}
 LONG = {
     "ablation_order": SMALL | {"orders": [1, 2], "nfes": [2, 3], "rounds": 1, "n_train_alt": 40},
     "train_solver": SMALL | {"grids": ["edm", "logsnr"], "nfes": [3]},
@@ -31,7 +29,8 @@ LONG = {
     "compare_learned": QUICK
     | {"grids": ["edm", "ld3"], "solvers": ["ipndm"], "nfes": [3], "rival_nfes": [3], "target": 3},
     "figure_coefficient_pca": QUICK | {"nfe": 3},
-    "pictures": PICTURES | {"dataset": "digits", "settings": {"digits": LEAST}},
+    "pictures": {"dataset": "digits", "settings": {"digits": LEAST}, "solvers": ["unipc"]}
+    | {"nfes": [3], "shown": 3, "distances": ["features", "l2"], "n": 4},
     "figure_samples": {"nfe": 3, "n": 4, "plane_nfe": 3}
     | {"settings": {"digits": LEAST, "mixture": LEAST}},
 }
