@@ -3,8 +3,10 @@
 #
 #   ./do setup            make .venv and install the pinned packages (seconds when nothing changed)
 #   ./do tour [options]   run notebooks/00_tour.ipynb; options go to papermill, as in -p nfe 4
-#   ./do test             lint, unit tests, and every notebook (the long ones at a small scale)
+#   ./do check            lint, types and unit tests, without a notebook (minutes)
+#   ./do test             everything: check, and every notebook (long ones at a small scale)
 #   ./do lab              open JupyterLab
+#   ./do refresh FILES    run notebooks again, in place, and keep their outputs
 #   ./do lock             pin the newest packages anew, in requirements.txt and environment.yml
 #
 # PYTHON=/path/to/python3.12 ./do setup chooses another interpreter than python3.
@@ -50,11 +52,10 @@ tests() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     failed=
     $python -m ruff check . || failed="$failed lint"
-    $python -m pytest || failed="$failed tests"
-    # The long notebooks run inside pytest, through papermill and at a small scale.
-    $python -m pytest -p no:python --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
-        notebooks/0*.ipynb notebooks/appendix_*.ipynb notebooks/bring_*.ipynb ||
-        failed="$failed notebooks"
+    $python -m ruff format --check --quiet . || failed="$failed format"
+    $python -m mypy || failed="$failed types"
+    # A process for each core; one that is done takes over tests of another.
+    $python -m pytest -n auto --dist worksteal "$@" || failed="$failed tests"
     [ -z "$failed" ] || die "failed:$failed"
 }
 
@@ -76,7 +77,9 @@ shift
 case $command in
     setup) setup ;;
     tour) tour "$@" ;;
-    test) tests ;;
+    check) tests -m 'not kernel and not notebook' "$@" ;;
+    test) tests "$@" ;;
+    refresh) setup; $python notebooks/refresh.py "$@" ;;
     lab) setup; exec $python -m jupyterlab "$@" ;;
     lock) lock ;;
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;

@@ -1,52 +1,19 @@
 """S4S: learn the coefficients and time steps of a diffusion solver (Frankel et al., ICML 2025).
 
-Read the modules in this order: schedule, grid, solver, teacher, objective, learn.
+The method is in the files of this folder. Read them in this order: schedule, grid, denoiser,
+solver, published, objective, evaluate, params, setup, teacher, learn. The folders hold the rest:
+models, baselines, experiments, lessons.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-from .base import UsageError, progress
-from .check import check_denoiser
-from .density import Divergence, compare_densities, invert, jacobian, log_abs_det
-from .download import fetch, file_sha256
-from .dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
-from .evaluate import (
-    FeatureStatistics,
-    FeatureSums,
-    feature_sums,
-    frechet_distance,
-    inception_features,
-    inception_weights,
-    merge,
-    read_reference,
-    save_statistics,
-    to_uint8,
-)
-from .grid import (
-    GRIDS,
-    LearnedGrid,
-    TimeGrid,
-    time_edm,
-    time_edm_t,
-    time_logsnr,
-    time_quadratic,
-    time_uniform,
-)
-from .grid_search import ays, cheapest_path, dmn, dmn_bound, gits
-from .learn import (
-    Epoch,
-    LearningDiverged,
-    learn_alternating,
-    learn_bns,
-    learn_coefficients,
-    learn_generalised,
-    learn_jointly,
-    learn_times,
-)
-from .model import (
-    GaussianMixture,
+from .baselines.dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
+from .baselines.grid_search import cheapest_path, dmn, dmn_bound, gits
+from .baselines.learned import learn_bns, learn_generalised
+from .denoiser import (
+    CallCounter,
+    Denoiser,
     conditioned,
-    count_calls,
     from_denoiser,
     from_flow,
     from_noise_prediction,
@@ -56,6 +23,45 @@ from .model import (
     rematerialized,
     rescheduled,
 )
+from .errors import UsageError, choose, progress
+from .evaluate import FeatureStatistics, FeatureSums, feature_sums, frechet_distance, merge
+from .experiments.cache import results_folder
+from .experiments.experiment import Experiment, require_lists, sweep
+from .experiments.run import Result, initial_solver, learning_seconds, run, run_all
+from .grid import (
+    GRIDS,
+    LearnedGrid,
+    TimeGrid,
+    ays,
+    time_edm,
+    time_edm_t,
+    time_logsnr,
+    time_quadratic,
+    time_uniform,
+)
+from .learn import (
+    Epoch,
+    LearningDivergedError,
+    learn_alternating,
+    learn_coefficients,
+    learn_jointly,
+    learn_times,
+)
+from .lessons.density import Divergence, compare_densities, invert, jacobian, log_abs_det
+from .lessons.exact import exact_path, global_error, local_errors, locally_optimal, sample_path
+from .models import networks
+from .models.check import check_denoiser
+from .models.diffusers_pipeline import from_diffusers
+from .models.download import fetch, file_sha256
+from .models.inception import (
+    inception_features,
+    inception_weights,
+    read_reference,
+    save_statistics,
+    to_uint8,
+)
+from .models.mixture import GaussianMixture
+from .models.zoo import load, load_2d
 from .objective import (
     decoded_distance,
     feature_distance,
@@ -66,15 +72,11 @@ from .objective import (
     radius,
     relaxed_loss,
 )
-from .pipelines import from_diffusers
-from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear, VPTable
-from .solver import (
+from .params import Params, datasets, load_params, read_params, settings_for
+from .published import (
     SOLVERS,
-    Coefficients,
-    SingleStepCoefficients,
-    Solver,
-    consistent,
-    count_parameters,
+    PublishedSolver,
+    Scheme,
     ddim,
     deis,
     dpm_solver,
@@ -82,44 +84,16 @@ from .solver import (
     exponential_adams,
     gaussian,
     ipndm,
-    local_errors,
-    locally_optimal,
-    trajectory,
     unipc,
 )
-from .teacher import (
-    TeacherSet,
-    exact_path,
-    generate,
-    global_error,
-    initial_noise,
-    make_teacher_set,
-    sample_path,
+from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear, VPTable
+from .setup import Setup
+from .solver import (
+    Coefficients,
+    SingleStepCoefficients,
+    Solver,
+    consistent,
+    count_parameters,
+    trajectory,
 )
-from .zoo import Params, Setup, datasets, load, load_params, load_planar, read_params
-
-_EXPERIMENT = (
-    "Experiment",
-    "Result",
-    "check_lists",
-    "learning_seconds",
-    "results_folder",
-    "run",
-    "run_all",
-    "settings_of",
-    "start",
-    "sweep",
-)
-
-
-def __getattr__(name: str):
-    # Loaded when asked for: `python -m s4s_core.experiment` must find it not yet imported.
-    if name in _EXPERIMENT:
-        from importlib import import_module
-
-        return getattr(import_module(".experiment", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPERIMENT])
+from .teacher import TeacherSet, initial_noise, make_teacher_set, sample_batches

@@ -1,12 +1,17 @@
-"""Time grids: where the network is called (App. G.1), and the grid that can be learned (App. E)."""
+"""Time grids: where the network is called (App. G.1), and the grid that can be learned (App. E).
 
+Published grids are functions of a noise schedule and a number of steps, by name in GRIDS.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .base import UsageError, one_of
-from .schedule import NoiseSchedule
+from .errors import UsageError, choose
+from .schedule import NoiseSchedule, VPDiscrete
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,14 +19,15 @@ class TimeGrid:
     """N + 1 times from T down to t_min; N network calls, one at each of the first N.
 
     t        (N+1,) float64, strictly decreasing; sets the step sizes
-    t_model  (N+1,) float64, the times told to the network (decoupled steps, App. E.2); t by default
+    t_model  (N+1,) float64, the times passed to the network, t by default (decoupled steps of
+             App. E.2 have others)
 
     Raises UsageError unless t falls strictly from schedule.T to schedule.t_min.
     """
 
     schedule: NoiseSchedule
     t: Tensor
-    t_model: Tensor | None = None
+    t_model: Tensor = None  # type: ignore[assignment]  # t by default
 
     def __post_init__(self):
         if self.t_model is None:
@@ -59,14 +65,14 @@ class TimeGrid:
         return self.schedule.s(self.t)
 
     def refine(self, parts: int) -> "TimeGrid":
-        """Each step cut into `parts` equal ones in lam: every parts-th time is one of these."""
+        """Split each step into `parts` steps equal in lam; every parts-th time is an original."""
         start, h = self.lam[:-1, None], self.lam.diff()[:, None]
         inner = self.schedule.t_of_lam(start + h * torch.arange(1, parts, dtype=h.dtype) / parts)
         t = torch.cat([self.t[:-1, None], inner], 1).flatten()
         return TimeGrid(self.schedule, torch.cat([t, self.t[-1:]]))
 
 
-def _grid(schedule: NoiseSchedule, nfe: int, times) -> TimeGrid:
+def grid_at(schedule: NoiseSchedule, nfe: int, times: Callable[[Tensor], Tensor]) -> TimeGrid:
     """Evaluate `times` at n/N, n = 0..N, and pin both ends, which rounding may have moved."""
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise UsageError(f"nfe must be a whole number of at least 1, not {nfe!r}")
@@ -76,61 +82,119 @@ def _grid(schedule: NoiseSchedule, nfe: int, times) -> TimeGrid:
 
 
 def time_uniform(schedule: NoiseSchedule, nfe: int) -> TimeGrid:
-    """Uniform in t (App. G.1.1)."""
-    return _grid(schedule, nfe, lambda u: schedule.T + u * (schedule.t_min - schedule.T))
+    """Return the grid uniform in t (App. G.1.1)."""
+    return grid_at(schedule, nfe, lambda u: schedule.T + u * (schedule.t_min - schedule.T))
 
 
 def time_quadratic(schedule: NoiseSchedule, nfe: int) -> TimeGrid:
-    """Quadratic in t and dense near t_min.
+    """Return the grid quadratic in t and dense near t_min.
 
     The form that Tong et al. (2024) run; the formula printed in App. G.1.1 is dense near T
     instead and cannot have given the FIDs in its tables.
     """
-    return _grid(
+    return grid_at(
         schedule, nfe, lambda u: schedule.t_min + (schedule.T - schedule.t_min) * (1 - u) ** 2
     )
 
 
 def time_edm(schedule: NoiseSchedule, nfe: int, rho: float = 7.0) -> TimeGrid:
-    """Uniform in s^(1/rho), s = sigma/alpha (Karras et al. 2022, Eq. 5; App. G.1.1)."""
+    """Return the grid uniform in s^(1/rho) (Karras et al. 2022, Eq. 5; App. G.1.1)."""
 
     def times(u: Tensor) -> Tensor:
         first = schedule.s(schedule.T) ** (1 / rho)
         last = schedule.s(schedule.t_min) ** (1 / rho)
         return schedule.t_of_s((first + u * (last - first)) ** rho)
 
-    return _grid(schedule, nfe, times)
+    return grid_at(schedule, nfe, times)
 
 
 def time_edm_t(schedule: NoiseSchedule, nfe: int, rho: float = 7.0) -> TimeGrid:
-    """Uniform in t^(1/rho): EDM's rule for t itself, as Tong et al. (2024) run it on latent models.
+    """Return the grid uniform in t^(1/rho): EDM's rule for t itself.
 
-    On EDM, where t is s, it is `time_edm`.
+    Tong et al. (2024) run it on latent models. On EDM, where t is s, it is `time_edm`.
     """
 
     def times(u: Tensor) -> Tensor:
         first, last = schedule.T ** (1 / rho), schedule.t_min ** (1 / rho)
         return (first + u * (last - first)) ** rho
 
-    return _grid(schedule, nfe, times)
+    return grid_at(schedule, nfe, times)
 
 
 def time_logsnr(schedule: NoiseSchedule, nfe: int) -> TimeGrid:
-    """Uniform in lam (Lu et al. 2022a; App. G.1.1)."""
+    """Return the grid uniform in lam (Lu et al. 2022a; App. G.1.1)."""
 
     def times(u: Tensor) -> Tensor:
         first, last = schedule.lam(schedule.T), schedule.lam(schedule.t_min)
         return schedule.t_of_lam(first + u * (last - first))
 
-    return _grid(schedule, nfe, times)
+    return grid_at(schedule, nfe, times)
 
 
-GRIDS = {
+# Noise levels sigma / alpha between the models' own first and last (Sabour et al. 2024).
+_AYS = {
+    "sd15": [6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152],
+    "sdxl": [6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.38, 0.234, 0.113],
+}
+
+# GITS for Stable Diffusion 1.5 at guidance 7.5, as Tong et al. (2024) list it in their code.
+_GITS_SD15 = {
+    3: [14.6146, 1.7083, 0.532, 0.0292],
+    4: [14.6146, 3.1131, 1.0421, 0.3811, 0.0292],
+    5: [14.6146, 4.39, 1.5286, 0.6526, 0.2667, 0.0292],
+    6: [14.6146, 4.7242, 1.9132, 0.9324, 0.4557, 0.1801, 0.0292],
+    8: [14.6146, 6.4477, 2.7391, 1.4467, 0.8319, 0.4936, 0.2667, 0.1258, 0.0292],
+    10: [14.6146, 5.9489, 3.3251, 2.0267, 1.2969, 0.8319, 0.5712, 0.3811, 0.2255, 0.1258, 0.0292],
+}
+
+
+def gits_sd15(schedule: NoiseSchedule, nfe: int) -> TimeGrid:
+    """Return GITS's grid for iPNDM on Stable Diffusion, as found by its authors.
+
+    UsageError for another schedule, or a number of calls that has no list.
+    """
+    if schedule != VPDiscrete() or nfe not in _GITS_SD15:
+        raise UsageError(
+            f"GITS is listed for {VPDiscrete()} and nfe {', '.join(map(str, _GITS_SD15))}, not for "
+            f"{schedule} and nfe {nfe}: search it with gits"
+        )
+    levels = torch.tensor(_GITS_SD15[nfe], dtype=torch.float64)
+    return grid_at(schedule, nfe, lambda _: schedule.t_of_s(levels))
+
+
+def ays(schedule: NoiseSchedule, nfe: int, model: str = "sd15") -> TimeGrid:
+    """Return the grid of Sabour et al. (2024) for Stable Diffusion 1.5 ("sd15") or XL ("sdxl").
+
+    Published for 10 steps; any other number interpolates the logarithms of the noise levels
+    linearly, as the authors advise. UsageError for a schedule other than Stable Diffusion's.
+    """
+    levels = choose("AYS model", model, _AYS)
+    if schedule != VPDiscrete():
+        raise UsageError(
+            f"there is no AYS grid for {schedule}, only for Stable Diffusion's {VPDiscrete()}: "
+            "choose another grid"
+        )
+    first, last = time_uniform(schedule, 1).lam.split(1)
+    knots = torch.cat([first, -torch.tensor(levels, dtype=torch.float64).log(), last])
+
+    def times(u: Tensor) -> Tensor:
+        position = u * (len(knots) - 1)
+        left = position.long().clamp(max=len(knots) - 2)
+        return schedule.t_of_lam(knots[left] + (position - left) * knots.diff()[left])
+
+    return grid_at(schedule, nfe, times)
+
+
+# Grids that need no more than a noise schedule and the number of steps.
+GRIDS: dict[str, Callable[[NoiseSchedule, int], TimeGrid]] = {
     "uniform": time_uniform,
     "quadratic": time_quadratic,
     "edm": time_edm,
     "edm_t": time_edm_t,
     "logsnr": time_logsnr,
+    "ays_sd15": partial(ays, model="sd15"),
+    "ays_sdxl": partial(ays, model="sdxl"),
+    "gits_sd15": gits_sd15,
 }
 
 VARIABLES = ("lam", "t")
@@ -158,8 +222,8 @@ class LearnedGrid:
     def start_at(
         cls, grid: TimeGrid, variable: str = "lam", offset_fraction: float = 0.5
     ) -> "LearnedGrid":
-        """The parameters whose `grid()` is the given grid; xi = 0 if it is uniform."""
-        one_of("grid variable", variable, VARIABLES)
+        """Return the parameters whose `grid()` is the given grid; xi = 0 if it is uniform."""
+        choose("grid variable", variable, VARIABLES)
         to_variable = grid.schedule.lam if variable == "lam" else (lambda t: t)
         u = to_variable(grid.t)
         gaps = u.diff().abs()
@@ -168,10 +232,10 @@ class LearnedGrid:
         return cls(grid.schedule, xi, to_variable(grid.t_model) - u, variable, offset_fraction)
 
     def grid(self) -> TimeGrid:
-        """The grid, differentiable in xi and xi_c."""
+        """Return the grid, differentiable in xi and xi_c."""
         if self.variable == "lam":
             first, last = self.schedule.lam(self.schedule.T), self.schedule.lam(self.schedule.t_min)
-            to_time = self.schedule.t_of_lam
+            to_time: Callable[[Tensor], Tensor] = self.schedule.t_of_lam
         else:
             first, last = torch.tensor([self.schedule.T, self.schedule.t_min], dtype=self.xi.dtype)
             to_time = lambda u: u  # noqa: E731

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .base import UsageError, needing, one_of
+from .denoiser import Denoiser
+from .errors import UsageError, choose, optional_import
 from .grid import TimeGrid
 from .solver import Coefficients, SingleStepCoefficients, solve
 
@@ -13,20 +14,21 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def l2(x: Tensor, target: Tensor) -> Tensor:
-    """Squared difference, averaged over entries: (B, ...) twice -> (B,)."""
+    """Return the squared difference, averaged over entries: (B, ...) twice -> (B,)."""
     return (x - target).square().flatten(1).mean(1)
 
 
 def negative_psnr(x: Tensor, target: Tensor) -> Tensor:
-    """Minus the peak signal-to-noise ratio in dB, for values in [-1, 1] (Shaul et al. 2024b).
+    """Return minus the peak signal-to-noise ratio in dB, for values in [-1, 1].
 
-    (B, ...) twice -> (B,), 10 log10 of the mean square difference over 2^2; never below -120.
+    As Shaul et al. (2024b) minimise it: (B, ...) twice -> (B,), 10 log10 of the mean square
+    difference over 2^2; never below -120.
     """
     return 10 * (l2(x, target) / 4).clamp_min(1e-12).log10()
 
 
 def feature_distance(activations: Callable[[Tensor], Sequence[Tensor]]) -> Distance:
-    """LPIPS without its learned heads, on any network (Zhang et al. 2018, Eq. 1 with w = 1).
+    """Return LPIPS without its learned heads, on any network (Zhang et al. 2018, Eq. 1 with w = 1).
 
     activations(x) -> layers (B, C, H, W); each is normalised over channels, and the squared
     differences are summed over channels, averaged over pixels and summed over layers.
@@ -46,16 +48,18 @@ def feature_distance(activations: Callable[[Tensor], Sequence[Tensor]]) -> Dista
 SMALLEST_SIDE = {"vgg": 16, "squeeze": 17, "alex": 31}
 
 
-def lpips_distance(net: str = "vgg", resize: int = 0, device="cpu") -> Distance:
-    """LPIPS v0.1 (Zhang et al. 2018) as a distance between (B, C, H, W) images in [-1, 1].
+def lpips_distance(
+    net: str = "vgg", resize: int = 0, device: str | torch.device = "cpu"
+) -> Distance:
+    """Return LPIPS v0.1 (Zhang et al. 2018) as a distance between (B, C, H, W) images in [-1, 1].
 
     `resize` (0: none) enlarges both images bilinearly to that side first, for models too small
     for the trunk; one channel is repeated to three. The trunk's ImageNet weights come from
     torchvision's cache ($TORCH_HOME/hub/checkpoints). Raises UsageError if they cannot be had, if
     the `lpips` extra is missing, or for images smaller than the trunk allows.
     """
-    one_of("LPIPS network", net, SMALLEST_SIDE)
-    with needing("lpips torchvision", "the LPIPS distance (l2 does not)"):
+    choose("LPIPS network", net, SMALLEST_SIDE)
+    with optional_import("lpips torchvision", "the LPIPS distance (l2 does not)"):
         import lpips
     try:
         metric = lpips.LPIPS(net=net, verbose=False).to(device).requires_grad_(False).eval()
@@ -87,7 +91,7 @@ def lpips_distance(net: str = "vgg", resize: int = 0, device="cpu") -> Distance:
 
 
 def decoded_distance(distance: Distance, decode: Callable[[Tensor], Tensor]) -> Distance:
-    """The distance between the images of two latents; the target's is made without gradient."""
+    """Return the distance between the images of two latents, the target's without gradient."""
 
     def between(x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -98,16 +102,16 @@ def decoded_distance(distance: Distance, decode: Callable[[Tensor], Tensor]) -> 
 
 
 def radius(gamma: float, d: int, m: int) -> float:
-    """r = gamma d m^(-5/2) in units of sigma_T, for d entries of x_T and m coefficients (G.2).
+    """Return r = gamma d m^(-5/2) in units of sigma_T (App. G.2).
 
-    The paper gives the exponent; gamma = 0.0242 makes r equal that of Tong et al. (2024) at
-    k = 3, N = 6.
+    d is the number of entries of x_T, m that of coefficients. The paper gives the exponent;
+    gamma = 0.0242 makes r equal that of Tong et al. (2024) at k = 3, N = 6.
     """
     return gamma * d * m**-2.5
 
 
 def project_to_ball(x: Tensor, center: Tensor, r: float) -> Tensor:
-    """The nearest point to x within distance r of `center`, per sample (the constraint of Eq. 7).
+    """Return the point nearest to x within distance r of `center`, per sample (Eq. 7).
 
     All in the units of x: for B_r(x_T) give r * sigma_T.
     """
@@ -117,14 +121,14 @@ def project_to_ball(x: Tensor, center: Tensor, r: float) -> Tensor:
 
 
 def relaxed_loss(
-    denoiser,
+    denoiser: Denoiser,
     coefficients: Coefficients | SingleStepCoefficients,
     grid: TimeGrid,
     x_T_relaxed: Tensor,
     x_0: Tensor,
     distance: Distance = l2,
 ) -> Tensor:
-    """d(Psi(x'_T), Psi*(x_T)) per sample, (B,) (Eq. 9); Eq. 6 at x'_T = x_T.
+    """Return d(Psi(x'_T), Psi*(x_T)) per sample, (B,) (Eq. 9); Eq. 6 at x'_T = x_T.
 
     Differentiable in the coefficients, the grid and x'_T.
     """

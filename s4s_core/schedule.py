@@ -14,10 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .base import UsageError, one_of
+from .errors import UsageError, choose
 
 
-def _tensor(t) -> Tensor:
+def _tensor(t: Tensor | float) -> Tensor:
     return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
@@ -32,32 +32,32 @@ class NoiseSchedule:
     T: float
     t_min: float
 
-    def alpha(self, t) -> Tensor:
-        """Signal scale at time t."""
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """Return the signal scale at time t."""
         raise NotImplementedError
 
-    def sigma(self, t) -> Tensor:
-        """Noise standard deviation at time t."""
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """Return the noise standard deviation at time t."""
         raise NotImplementedError
 
-    def t_of_lam(self, lam) -> Tensor:
-        """The inverse of `lam`."""
+    def t_of_lam(self, lam: Tensor | float) -> Tensor:
+        """Return the time of lam, the inverse of `lam`."""
         raise NotImplementedError
 
-    def lam(self, t) -> Tensor:
-        """ln(alpha / sigma) at time t (Lu et al. 2022a; Sec. 2.1)."""
+    def lam(self, t: Tensor | float) -> Tensor:
+        """Return ln(alpha / sigma) at time t (Lu et al. 2022a; Sec. 2.1)."""
         return self.alpha(t).log() - self.sigma(t).log()
 
-    def s(self, t) -> Tensor:
-        """sigma / alpha at time t, kappa of App. G.1.1."""
+    def s(self, t: Tensor | float) -> Tensor:
+        """Return sigma / alpha at time t, kappa of App. G.1.1."""
         return self.sigma(t) / self.alpha(t)
 
-    def t_of_s(self, s) -> Tensor:
-        """The inverse of `s`."""
+    def t_of_s(self, s: Tensor | float) -> Tensor:
+        """Return the time of s, the inverse of `s`."""
         return self.t_of_lam(-_tensor(s).log())
 
     def to_dict(self) -> dict:
-        """Name and constants, for JSON."""
+        """Return the name and the constants, for JSON."""
         return {"name": type(self).__name__, **asdict(self)}
 
 
@@ -68,32 +68,32 @@ class EDM(NoiseSchedule):
     T: float = 80.0
     t_min: float = 0.002
 
-    def alpha(self, t) -> Tensor:
+    def alpha(self, t: Tensor | float) -> Tensor:
         return torch.ones_like(_tensor(t))
 
-    def sigma(self, t) -> Tensor:
+    def sigma(self, t: Tensor | float) -> Tensor:
         return _tensor(t)
 
-    def t_of_lam(self, lam) -> Tensor:
+    def t_of_lam(self, lam: Tensor | float) -> Tensor:
         return (-_tensor(lam)).exp()
 
 
 class _VariancePreserving(NoiseSchedule):
     """alpha^2 + sigma^2 = 1; a subclass gives ln alpha and its inverse."""
 
-    def log_alpha(self, t) -> Tensor:
+    def log_alpha(self, t: Tensor | float) -> Tensor:
         raise NotImplementedError
 
     def t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def alpha(self, t) -> Tensor:
+    def alpha(self, t: Tensor | float) -> Tensor:
         return self.log_alpha(t).exp()
 
-    def sigma(self, t) -> Tensor:
+    def sigma(self, t: Tensor | float) -> Tensor:
         return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
 
-    def t_of_lam(self, lam) -> Tensor:
+    def t_of_lam(self, lam: Tensor | float) -> Tensor:
         # ln alpha = -ln(1 + e^(-2 lam)) / 2; torch's softplus turns linear at 20 and loses digits.
         x = -2 * _tensor(lam)
         return self.t_of_log_alpha(-0.5 * torch.logaddexp(x, torch.zeros_like(x)))
@@ -108,7 +108,7 @@ class VPLinear(_VariancePreserving):
     beta_0: float = 0.1
     beta_1: float = 20.0
 
-    def log_alpha(self, t) -> Tensor:
+    def log_alpha(self, t: Tensor | float) -> Tensor:
         t = _tensor(t)
         return -(t**2) * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
 
@@ -134,7 +134,7 @@ class _Discrete(_VariancePreserving):
         values = self._log_alphas()
         return torch.arange(1, len(values) + 1, dtype=torch.float64) / len(values), values
 
-    def log_alpha(self, t) -> Tensor:
+    def log_alpha(self, t: Tensor | float) -> Tensor:
         return _interpolate(_tensor(t), *self._table)
 
     def t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
@@ -157,12 +157,12 @@ class VPDiscrete(_Discrete):
 
     @classmethod
     def ldm(cls) -> "VPDiscrete":
-        """The latent-diffusion constants for LSUN-Bedroom and ImageNet-256."""
+        """Return the latent-diffusion constants for LSUN-Bedroom and ImageNet-256."""
         return cls(beta_start=0.0015, beta_end=0.0195)
 
     def _log_alphas(self) -> Tensor:
-        root = [self.beta_start**0.5, self.beta_end**0.5]
-        betas = torch.linspace(*root, self.levels, dtype=torch.float64) ** 2
+        first, last = self.beta_start**0.5, self.beta_end**0.5
+        betas = torch.linspace(first, last, self.levels, dtype=torch.float64) ** 2
         return 0.5 * torch.log1p(-betas).cumsum(0)
 
 
@@ -201,29 +201,38 @@ class RectifiedFlow(NoiseSchedule):
     t_min: float = 1e-3
     shift: float = 1.0
 
-    def alpha(self, t) -> Tensor:
+    def alpha(self, t: Tensor | float) -> Tensor:
         return 1 - self.sigma(t)
 
-    def sigma(self, t) -> Tensor:
+    def sigma(self, t: Tensor | float) -> Tensor:
         t = _tensor(t)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def t_of_lam(self, lam) -> Tensor:
+    def t_of_lam(self, lam: Tensor | float) -> Tensor:
         sigma = torch.sigmoid(-_tensor(lam))
         return sigma / (self.shift - (self.shift - 1) * sigma)
 
 
 SCHEDULES = {cls.__name__: cls for cls in (EDM, VPLinear, VPDiscrete, VPTable, RectifiedFlow)}
 
+# What `schedule` in params/<dataset>.yaml may name.
+NAMED_SCHEDULES = {
+    "EDM": EDM(),
+    "VPLinear": VPLinear(),
+    "LDM": VPDiscrete.ldm(),
+    "StableDiffusion": VPDiscrete(),
+    "RectifiedFlow": RectifiedFlow(),
+}
+
 
 def schedule_from_dict(entries: dict) -> NoiseSchedule:
-    """The inverse of `NoiseSchedule.to_dict`; raises UsageError for anything but known names."""
+    """Return the schedule that `NoiseSchedule.to_dict` wrote; UsageError for anything else."""
     if not isinstance(entries, dict):
         raise UsageError(f"a noise schedule is a mapping with a name, not {entries!r}")
     constants = dict(entries)
-    cls = one_of("noise schedule", constants.pop("name", None), SCHEDULES)
+    cls = choose("noise schedule", constants.pop("name", None), SCHEDULES)
     for key, value in constants.items():
-        one_of(f"constant of {cls.__name__}", key, {f.name for f in fields(cls)})
+        choose(f"constant of {cls.__name__}", key, {f.name for f in fields(cls)})
         values = constants[key] = tuple(value) if isinstance(value, list) else value
         for number in values if isinstance(values, tuple) else [values]:
             if isinstance(number, bool) or not isinstance(number, (int, float)):

@@ -1,21 +1,21 @@
 """The data-free data set: noise, and where an accurate solver takes it (Alg. 1, line 1)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .base import UsageError, halved, progress
-from .grid import TimeGrid, time_logsnr
-from .solver import Solver, exponential_adams, trajectory
+from .errors import UsageError, halve_batch, progress
+from .setup import Setup
+from .solver import Solver
 
 # Evaluation uses seeds from 0; every teacher set draws from its own million above them.
 SEEDS_PER_SET, SEED_LIMIT = 1_000_000, 1000
 
 
-def initial_noise(setup, seeds: Iterable[int]) -> Tensor:
-    """x_T ~ N(0, sigma(T)^2 I), (len(seeds), *setup.shape) float64 on the setup's device.
+def initial_noise(setup: Setup, seeds: Iterable[int]) -> Tensor:
+    """Draw x_T ~ N(0, sigma(T)^2 I), (len(seeds), *setup.shape) float64 on the setup's device.
 
     Each sample comes from a generator of its own on the CPU, so a seed gives the same noise in
     any batch and on any device (Karras et al. 2022).
@@ -29,48 +29,9 @@ def initial_noise(setup, seeds: Iterable[int]) -> Tensor:
     return setup.schedule.sigma(setup.schedule.T).item() * torch.stack(draws).to(setup.device)
 
 
-@torch.no_grad()
-def sample_path(setup, solver: Solver, seeds: Sequence[int]) -> tuple[TimeGrid, Tensor]:
-    """The solver's way from the noises of these seeds: the times of its network calls, and x there.
-
-    x (nfe + 1, len(seeds), *setup.shape) float64, the sample last.
-    """
-    _, grid = solver.coefficients.unroll(solver.grid)
-    x = solver.trajectory(setup.denoiser_for(seeds), initial_noise(setup, seeds))
-    return grid, torch.stack(list(x))
-
-
-@torch.no_grad()
-def exact_path(
-    setup, seeds: Sequence[int], grid: TimeGrid | None = None, calls: int = 500
-) -> tuple[TimeGrid, Tensor]:
-    """The exact flow from the noises of these seeds: `grid` (by default a fine one), and x there.
-
-    x (N+1, len(seeds), *setup.shape) float64, by exponential Adams-Bashforth of order 4 with at
-    least `calls` network calls, equally many in each step of the grid. On the mixture 500 leave
-    an error of 1e-5, and 4000 one of 1e-8.
-    """
-    grid = grid or time_logsnr(setup.schedule, 200)
-    parts = -(-calls // grid.nfe)
-    fine = grid.refine(parts)
-    table = exponential_adams(fine, min(4, fine.nfe), lower_order_final=False)
-    points = trajectory(setup.denoiser_for(seeds), initial_noise(setup, seeds), table, fine)
-    points = progress(points, total=fine.nfe + 1, desc="exact flow")
-    return grid, torch.stack(list(points)[::parts])
-
-
-def global_error(setup, solver: Solver, seeds: Sequence[int], x_0: Tensor | None = None) -> Tensor:
-    """|Psi(x_T) - x_0| of the noises of these seeds, (len(seeds),) (Sec. 2.2).
-
-    x_0  the ends of the exact flow, where they are known already
-    """
-    if x_0 is None:
-        x_0 = exact_path(setup, seeds)[1][-1]
-    x = solver.sample(setup.denoiser_for(seeds), initial_noise(setup, seeds))
-    return (x - x_0).flatten(1).norm(dim=1)
-
-
-def generate(solver: Solver, setup, seeds: Iterable[int], label: str = "sampling"):
+def sample_batches(
+    solver: Solver, setup: Setup, seeds: Iterable[int], label: str = "sampling"
+) -> Iterator[Tensor]:
     """Yield batches of samples (B, *setup.shape) in the order of the seeds, with a progress bar.
 
     A batch that does not fit into memory is halved, and so are those after it: a sample does not
@@ -83,7 +44,7 @@ def generate(solver: Solver, setup, seeds: Iterable[int], label: str = "sampling
             try:
                 x_0 = solver.sample(setup.denoiser_for(batch), initial_noise(setup, batch))
             except torch.OutOfMemoryError:
-                size = halved(len(batch), label)
+                size = halve_batch(len(batch), label)
                 continue
             yield x_0
             seeds = seeds[size:]
@@ -116,7 +77,7 @@ class TeacherSet:
 
 
 def make_teacher_set(
-    setup, n_train: int | None = None, n_valid: int | None = None, seed: int = 0
+    setup: Setup, n_train: int | None = None, n_valid: int | None = None, seed: int = 0
 ) -> TeacherSet:
     """Solve n_train + n_valid noises with the setup's teacher solver.
 
@@ -134,5 +95,5 @@ def make_teacher_set(
         raise UsageError(f"the seed of a teacher set must be 0 to {SEED_LIMIT - 1}, not {seed}")
     first = SEEDS_PER_SET * (seed + 1)
     seeds = range(first, first + n_train + n_valid)
-    x_0 = torch.cat([x.cpu() for x in generate(setup.teacher, setup, seeds, "teacher set")])
+    x_0 = torch.cat([x.cpu() for x in sample_batches(setup.teacher, setup, seeds, "teacher set")])
     return TeacherSet(initial_noise(setup, seeds).cpu(), x_0, n_train, torch.tensor(seeds))

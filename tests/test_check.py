@@ -167,7 +167,7 @@ def test_a_broken_contract_is_told_in_one_sentence(one_sentence, how, words):
 
 
 def test_the_self_test_repeats_and_costs_few_calls(digits, clean):
-    counted = s4s.count_calls(digits.denoiser)
+    counted = s4s.CallCounter(digits.denoiser)
     check_denoiser(counted, digits.schedule, digits.shape)
     assert counted.calls == 34
     check_denoiser(counted, digits.schedule, digits.shape, clean)

@@ -2,16 +2,16 @@
 
 import os
 
-import nbformat
 import numpy as np
 import pytest
 import torch
-from test_notebooks import LEAST, LONG, papermill
+from running import run_notebook
+from test_notebooks import LEAST, LONG
 
 import s4s_core as s4s
-from s4s_core.networks import cifar10_data, held_out_split, load_network, read_metadata
-from s4s_core.networks.data import RECORD
-from s4s_core.zoo import WEIGHTS
+from s4s_core.models.networks import cifar10_data, held_out_split, load_network, read_metadata
+from s4s_core.models.networks.data import RECORD
+from s4s_core.models.zoo import WEIGHTS
 
 CIFAR10 = os.environ.get("CIFAR10")
 needs_cifar10 = pytest.mark.skipif(
@@ -71,23 +71,28 @@ def test_learning_lowers_the_loss_of_unseen_noises(distance, request):
     assert min(later) < first
 
 
-def test_the_order_ablation_runs_on_it_from_another_folder(tmp_path):
-    parameters = LONG["ablation_order"] | {"settings": {"cifar10_tiny": LEAST}}
-    done, out = papermill(tmp_path, "ablation_order", dataset="cifar10_tiny", **parameters)
-    assert done.returncode == 0, done.stderr[-2000:]
-    outputs = str([cell.get("outputs") for cell in nbformat.read(out, 4).cells])
-    assert "cifar10_tiny classifier, 128 features" in outputs and "seeds 0 to 99" in outputs
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
 
 
-def test_the_appendix_trains_its_networks_from_a_folder(tmp_path):
+@pytest.mark.notebook
+def test_the_order_ablation_runs_on_it_from_another_folder(here):
+    given = {"dataset": "cifar10_tiny", "settings": {"cifar10_tiny": LEAST}}
+    text = run_notebook("ablation_order", **LONG["ablation_order"] | given).text
+    assert "cifar10_tiny classifier, 128 features" in text and "seeds 0 to 99" in text
+
+
+@pytest.mark.notebook
+def test_the_appendix_trains_its_networks_from_a_folder(here, tmp_path):
     for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
         records = np.random.default_rng(0).integers(256, size=(60, RECORD), dtype=np.uint8)
         records[:, 0] = np.arange(60) % 10
         (tmp_path / name).write_bytes(records.tobytes())
     parameters = dict(dataset="cifar10_tiny", data=str(tmp_path), steps=2, judge_steps=2)
     parameters |= dict(samples=150, save_as="mine", unet={"widths": [8, 16, 24]})
-    done, _ = papermill(tmp_path, "appendix_train_denoiser", **parameters)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_notebook("appendix_train_denoiser", **parameters)
     names = ("denoiser", "classifier", "perceptual")
     config = [load_network(tmp_path / f"mine_{name}.safetensors").config for name in names]
     shipped = [load_network(WEIGHTS / f"cifar10_tiny_{name}.safetensors").config for name in names]

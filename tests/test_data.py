@@ -7,7 +7,7 @@ import tarfile
 import pytest
 import torch
 
-from s4s_core.networks import cifar10_data, data
+from s4s_core.models.networks import cifar10_data, data
 
 NAMES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from s4s_core import download
-from s4s_core.download import fetch, file_sha256, home
+from s4s_core.models import download
+from s4s_core.models.download import fetch, file_sha256, home
 
 CONTENT = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

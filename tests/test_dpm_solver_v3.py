@@ -25,7 +25,8 @@ from s4s_core import (
     time_logsnr,
     trajectory,
 )
-from s4s_core.solver import _exponential_row, solve
+from s4s_core.published import _exponential_row
+from s4s_core.solver import solve
 
 DATA, NOISE = (1.0, 0.0), (0.0, -1.0)  # l and s of the two predictions
 

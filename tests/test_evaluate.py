@@ -22,6 +22,7 @@ from s4s_core import (
     save_statistics,
     to_uint8,
 )
+from s4s_core.models.inception import INCEPTION_SHA256, INCEPTION_URL
 
 
 def sums(x) -> FeatureSums:
@@ -162,7 +163,7 @@ def test_any_shards_of_the_seeds_give_the_distance_of_the_whole(mixture, noise, 
     solver = s4s.Solver(s4s.ipndm(grid, 2), grid)
 
     def of(seeds) -> FeatureSums:
-        return feature_sums(setup.features, s4s.generate(solver, setup, seeds))
+        return feature_sums(setup.features, s4s.sample_batches(solver, setup, seeds))
 
     whole, other = of(range(60)), sums(noise(1, 50, 2))
     generator = np.random.default_rng(seed)
@@ -408,9 +409,9 @@ def test_weights_that_cannot_be_fetched_are_asked_for_in_one_sentence(
 ):
     monkeypatch.setenv("S4S_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("s4s_core.download.urlopen", offline)
+    monkeypatch.setattr("s4s_core.models.download.urlopen", offline)
     name = "weights-inception-2015-12-05-6726825d.pth"
-    with one_sentence("github.com", s4s.evaluate.INCEPTION_SHA256, str(tmp_path / "home" / name)):
+    with one_sentence("github.com", INCEPTION_SHA256, str(tmp_path / "home" / name)):
         inception_features()
 
 
@@ -422,7 +423,7 @@ def offline(*_, **__):
 def test_weights_put_there_by_hand_are_found(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("S4S_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("s4s_core.download.urlopen", offline)
+    monkeypatch.setattr("s4s_core.models.download.urlopen", offline)
     path = tmp_path / folder / "weights-inception-2015-12-05-6726825d.pth"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"the official file")
@@ -432,7 +433,7 @@ def test_weights_put_there_by_hand_are_found(folder, tmp_path, monkeypatch):
 def test_the_address_is_torch_fidelitys():
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
-    assert s4s.evaluate.INCEPTION_URL == module.URL_INCEPTION_V3
+    assert INCEPTION_URL == module.URL_INCEPTION_V3
 
 
 def test_without_torch_fidelity_its_name_is_told(monkeypatch, one_sentence):

@@ -14,19 +14,23 @@ import torch
 import s4s_core as s4s
 from s4s_core import (
     Experiment,
-    LearningDiverged,
+    LearningDivergedError,
     Solver,
     UsageError,
     datasets,
-    experiment,
     gaussian,
+    initial_solver,
     ipndm,
     load_params,
     read_params,
     run,
-    start,
 )
-from s4s_core.zoo import Params
+from s4s_core import params as params_module
+from s4s_core import schedule as schedule_module
+from s4s_core.__main__ import main
+from s4s_core.experiments import experiment, tables
+from s4s_core.experiments import run as run_module
+from s4s_core.params import Params
 
 TINY = {
     "teacher_nfe": 10,
@@ -95,7 +99,7 @@ def test_a_setting_of_none_leaves_the_one_in_the_file():
         ({"settings": {"lr": 0.1}}, ["setting", "'lr'", "lr_phi"]),
         ({"settings": {"epochs": "many"}}, ["epochs", "int", "'many'"]),
         ({"settings": {"lr_phi": "1e-4"}}, ["lr_phi", "'1e-4'", "decimal point", "1.0e-04"]),
-        ({"settings": {"epochs": 0}}, ["epochs", "positive"]),
+        ({"settings": {"epochs": 0}}, ["epochs", "above 0"]),
         ({"settings": {"gamma": -1.0}}, ["gamma"]),
         ({"settings": {"lr_xi": float("nan")}}, ["lr_xi", "finite"]),
         ({"settings": {"distance": "ssim"}}, ["distance", "'ssim'", "l2", "lpips"]),
@@ -110,10 +114,10 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(one_sentence, changed, wo
 
 
 def test_lessons_refuse_a_model_that_is_not_of_the_plane_before_it_is_loaded(one_sentence):
-    assert s4s.load_planar("mixture").shape == (2,)
+    assert s4s.load_2d("mixture").shape == (2,)
     for dataset in ("digits", "ffhq"):  # the latter's checkpoint is not here
         with one_sentence(dataset, "take dataset mixture"):
-            s4s.load_planar(dataset)
+            s4s.load_2d(dataset)
 
 
 def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
@@ -125,7 +129,7 @@ def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("schedule: EDM\nshape: [2]\nepoch: 3\n", ["key", "'epoch'", "epochs"]),
+        ("schedule: EDM\nshape: [2]\nepoch: 3\n", ["setting", "'epoch'", "epochs"]),
         ("schedule: EDM\nshape: [2]\nlr_phi: 1e-4\n", ["lr_phi", "'1e-4'", "1.0e-04"]),
         ("schedule: EDM\nshape: [2]\nepochs: three\n", ["epochs", "int", "'three'"]),
         ("schedule: EDM\nshape: [2]\nepochs: 2.5\n", ["epochs", "int", "2.5"]),
@@ -140,7 +144,7 @@ def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
         ("- EDM\n- [2]\n", ["mapping"]),
         ("schedule: [EDM\nshape: {2", ["YAML"]),
         ("schedule:\tEDM\n\tshape: [2]\n", ["YAML"]),
-        ("schedule: EDM\nshape: [2]\n3: 4\n", ["key", "3"]),
+        ("schedule: EDM\nshape: [2]\n3: 4\n", ["setting", "3"]),
     ],
 )
 def test_a_wrong_params_file_is_refused_in_one_sentence(one_sentence, tmp_path, text, words):
@@ -176,6 +180,7 @@ def test_result_is_measured_as_it_says():
     assert result.frechet == pytest.approx(s4s.frechet_distance(sums, setup.reference), rel=1e-9)
     assert result.n_samples == 50 and result.history == [] and result.seconds == 0
     assert result.row() | {"seconds": 0.0} == {
+        "features": "the plane itself",
         "dataset": "mixture",
         "grid": "logsnr",
         "solver": "ipndm",
@@ -217,25 +222,27 @@ def test_solver_file_tells_how_it_was_made():
 
 def test_learning_starts_at_the_published_solver():
     given = tiny(order=4, nfe=6, solver="ipndm")
-    assert torch.equal(start(given).coefficients.b, ipndm(start(given).grid, 4).b)
-    wide = start(tiny(order=6, nfe=6, solver="ipndm"))
+    assert torch.equal(initial_solver(given).coefficients.b, ipndm(initial_solver(given).grid, 4).b)
+    wide = initial_solver(tiny(order=6, nfe=6, solver="ipndm"))
     assert wide.coefficients.order == 6
     assert torch.equal(wide.coefficients.b[:, :4], ipndm(wide.grid, 4).b)
     assert not wide.coefficients.b[:, 4:].any()
 
 
 def test_each_seed_draws_gaussian_weights_of_its_own():
-    grid = start(tiny()).grid
+    grid = initial_solver(tiny()).grid
     for seed in (0, 1):
-        drawn = start(tiny(solver="gaussian", seed=seed)).coefficients.b
+        drawn = initial_solver(tiny(solver="gaussian", seed=seed)).coefficients.b
         assert torch.equal(drawn, gaussian(grid, 2, seed).b)
-    assert torch.equal(start(tiny(seed=0)).coefficients.b, start(tiny(seed=1)).coefficients.b)
+    assert torch.equal(
+        initial_solver(tiny(seed=0)).coefficients.b, initial_solver(tiny(seed=1)).coefficients.b
+    )
 
 
 def test_the_ld3_grid_is_learned_once_for_all_orders(results):
-    one, two = (start(tiny(grid="ld3", order=order)) for order in (1, 2))
+    one, two = (initial_solver(tiny(grid="ld3", order=order)) for order in (1, 2))
     assert torch.equal(one.grid.t, two.grid.t)
-    assert not torch.equal(one.grid.t, start(tiny(grid="logsnr")).grid.t)
+    assert not torch.equal(one.grid.t, initial_solver(tiny(grid="logsnr")).grid.t)
     assert len(files(results, "result_*.json")) == 1
 
 
@@ -248,7 +255,7 @@ def test_learning_seconds_count_those_of_the_ld3_grid():
 
 @pytest.mark.parametrize("name", experiment.SEARCHED)
 def test_a_searched_grid_is_found_once_for_all_that_share_it(name, results, monkeypatch):
-    first = start(tiny(grid=name, solver="unipc"))
+    first = initial_solver(tiny(grid=name, solver="unipc"))
     assert len(files(results, f"{name}_*.safetensors")) == 1
 
     def no(*_):
@@ -257,25 +264,25 @@ def test_a_searched_grid_is_found_once_for_all_that_share_it(name, results, monk
     with monkeypatch.context() as patch:
         patch.setitem(experiment.SEARCHED, name, no)
         others = {"order": 1, "solver": "ddim", "learn": "times", "seed": 3}
-        again = start(tiny(grid=name, **others))
+        again = initial_solver(tiny(grid=name, **others))
         assert torch.equal(again.grid.t, first.grid.t)
         with pytest.raises(AssertionError, match="searched again"):
-            start(tiny(grid=name, nfe=5))
+            initial_solver(tiny(grid=name, nfe=5))
 
 
 def test_searched_grids_are_those_of_the_model():
     setup = s4s.load("mixture")
-    assert torch.equal(start(tiny(grid="dmn")).grid.t, s4s.dmn(setup.schedule, 4).t)
+    assert torch.equal(initial_solver(tiny(grid="dmn")).grid.t, s4s.dmn(setup.schedule, 4).t)
     # above the noise of evaluation, from 0, and of the teacher set of the highest seed
     seeds = range(1_001_000_000, 1_001_000_256)
     x_T = s4s.initial_noise(setup, seeds)
     expected = s4s.gits(setup.denoiser, x_T, setup.schedule, 4)
-    assert torch.equal(start(tiny(grid="gits")).grid.t, expected.t)
+    assert torch.equal(initial_solver(tiny(grid="gits")).grid.t, expected.t)
 
 
 @pytest.mark.parametrize(("name", "weighting"), [("LDM", "latent"), ("VPLinear", "pixel")])
 def test_dmn_weighs_errors_as_the_model_needs(name, weighting):
-    schedule = s4s.zoo.NAMED_SCHEDULES[name]
+    schedule = schedule_module.NAMED_SCHEDULES[name]
     setup = replace(s4s.load("mixture"), schedule=schedule)
     assert torch.equal(experiment.SEARCHED["dmn"](setup, 3).t, s4s.dmn(schedule, 3, weighting).t)
 
@@ -302,8 +309,8 @@ def test_a_cached_result_is_equal_and_computes_nothing(monkeypatch):
     def no(*_, **__):
         raise AssertionError("computed again")
 
-    for name in ("generate", "feature_sums", "make_teacher_set", "learn_coefficients"):
-        monkeypatch.setattr(experiment, name, no)
+    for name in ("sample_batches", "frechet_distance", "make_teacher_set", "model_statistics"):
+        monkeypatch.setattr(run_module, name, no)
     monkeypatch.setitem(experiment.LEARN, "coefficients", no)
     again = run(tiny())
     assert again == first
@@ -347,7 +354,7 @@ CHANGED = {
 
 def test_settings_of_the_model_make_another_model_and_others_share_one():
     def setup(**settings):
-        return experiment._setup(Experiment("digits", settings=settings))
+        return run_module._setup(Experiment("digits", settings=settings))
 
     plain, half = setup(epochs=3), setup(precision="bfloat16", epochs=3)
     assert plain.denoiser is setup(epochs=4).denoiser and plain.params.epochs == 3
@@ -420,7 +427,7 @@ def script(results, code: str, *arguments: str, **options) -> subprocess.Popen:
 def test_killing_a_run_while_it_writes_leaves_no_half_written_file(results, victim):
     code = f"""
 import os, pathlib, signal
-from s4s_core import Experiment, base, run
+from s4s_core import Experiment, errors, run
 
 class Dying:
     def __init__(self, file): self.file = file
@@ -435,7 +442,7 @@ def opening(path, *mode):
     file = open(path, *mode)
     return Dying(file) if {victim!r} in pathlib.Path(path).name else file
 
-base.open = opening
+errors.open = opening
 run(Experiment(dataset="mixture", nfe=4, order=2, learn="coefficients", settings={TINY!r}))
 """
     process = script(results, code)
@@ -448,7 +455,7 @@ run(Experiment(dataset="mixture", nfe=4, order=2, learn="coefficients", settings
     assert files(results, f"{victim}_*") != []
 
 
-CLI = ["-m", "s4s_core.experiment", "--dataset", "mixture", "--nfe", "4", "--order", "2"]
+CLI = ["-m", "s4s_core", "run", "--dataset", "mixture", "--nfe", "4", "--order", "2"]
 CLI += [text for key, value in TINY.items() for text in ("--set", f"{key}={value}")]
 
 
@@ -472,13 +479,15 @@ def test_an_interrupted_run_keeps_the_best_solver_so_far_and_no_result(monkeypat
     def interrupted(*arguments, **options):
         for epoch in learn(*arguments, **options):
             if epoch.index == 2:
-                raise LearningDiverged("not finite", seen[-1]) if error == "diverged" else error
+                raise (
+                    LearningDivergedError("not finite", seen[-1]) if error == "diverged" else error
+                )
             seen.append(epoch.best)
             yield epoch
 
     with monkeypatch.context() as patch:
         patch.setitem(experiment.LEARN, "coefficients", interrupted)
-        with pytest.raises(LearningDiverged if error == "diverged" else error):
+        with pytest.raises(LearningDivergedError if error == "diverged" else error):
             run(tiny(settings={"epochs": 3}))
     (name,) = files(results, "*best_so_far.json")
     (path,) = results.rglob(name)
@@ -506,7 +515,7 @@ def test_command_line_prints_metrics_and_writes_a_solver(results, tmp_path):
 
 
 def test_command_line_keeps_the_solver_in_the_results_by_default(results, capsys):
-    experiment.main([*CLI[2:], "--learn", "none"])
+    main(["run", *CLI[3:], "--learn", "none"])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("solver")]
     path = line.split("  ")[1]
     assert Solver.load(path) == run(tiny("none")).solver
@@ -536,7 +545,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys, arguments, words):
     places = {"folder": str(tmp_path), "file": str(tmp_path / "a_file")}
     arguments = [a.format(**places) for a in arguments]
     with pytest.raises(SystemExit) as info:
-        experiment.main([*CLI[2:], "--learn", "none", *arguments])
+        main(["run", *CLI[3:], "--learn", "none", *arguments])
     message = info.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     for word in words:
@@ -572,11 +581,11 @@ def test_many_experiments_give_in_processes_what_they_give_one_by_one(tmp_path, 
         for learn in ("coefficients", "none")
     ]
     together = s4s.run_all(many, workers=2)
-    assert [r.config["nfe"] for r in together] == [3, 3, 2, 2, 3, 3]
+    assert together["nfe"].tolist() == [3, 3, 2, 2, 3, 3]
     monkeypatch.setenv("S4S_RESULTS", str(tmp_path / "alone"))
     alone = [s4s.run(e) for e in many]
-    assert [r.solver for r in together] == [r.solver for r in alone]
-    assert [r.frechet for r in together] == [r.frechet for r in alone]
+    assert [run(e).solver for e in many] == [r.solver for r in alone]
+    assert together["frechet"].tolist() == [r.frechet for r in alone]
 
 
 def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
@@ -586,7 +595,7 @@ def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
         )
         for nfe in (2, 3)
     ]
-    with pytest.raises(s4s.LearningDiverged, match="diverged in phase 'phi'") as error:
+    with pytest.raises(s4s.LearningDivergedError, match="diverged in phase 'phi'") as error:
         s4s.run_all(many, workers=2)
     assert error.value.best.nfe in (2, 3)
 
@@ -602,7 +611,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     beats = [tmp_path / name for name in ("first", "second")]
     code = (
         "import jobs\n"
-        "from s4s_core.experiment import _run_in_processes\n"
+        "from s4s_core.experiments.run import _run_in_processes\n"
         f"_run_in_processes([(jobs.beat, {[str(path) for path in beats]})], 2)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
@@ -621,10 +630,10 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
 
 
 def test_a_list_is_of_numbers_or_of_names(one_sentence):
-    s4s.check_lists(nfes=[3, 4], gammas=[0.0, 1, 2.5], grids=["edm"])
+    s4s.require_lists(nfes=[3, 4], gammas=[0.0, 1, 2.5], grids=["edm"])
     for wrong in ("[3, 4]", 3, [], [3, "edm"], [True], [None]):
         with one_sentence("nfes must be a list of whole numbers, of decimal numbers or of names"):
-            s4s.check_lists(nfes=wrong)
+            s4s.require_lists(nfes=wrong)
 
 
 def test_a_sweep_is_every_combination_and_lists_what_no_seed_changes_once():
@@ -649,7 +658,148 @@ def test_a_slip_in_a_sweep_is_one_sentence(one_sentence):
 
 @pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"digits": 3}, 7, {"digitz": {}}])
 def test_settings_of_a_dataset_are_looked_up_by_its_name(one_sentence, settings):
-    assert s4s.settings_of("digits", {"digits": {"epochs": 3}, "mixture": {}}) == {"epochs": 3}
-    assert s4s.settings_of("mixture", {"digits": {"epochs": 3}}) == {}
+    assert s4s.settings_for("digits", {"digits": {"epochs": 3}, "mixture": {}}) == {"epochs": 3}
+    assert s4s.settings_for("mixture", {"digits": {"epochs": 3}}) == {}
     with one_sentence("settings must map datasets to settings", repr(settings), "mixture"):
-        s4s.settings_of("mixture", settings)
+        s4s.settings_for("mixture", settings)
+
+
+# --- Presets -----------------------------------------------------------------------------------
+
+PRESETS = """
+schedule: EDM
+shape: [2]
+distance: l2
+epochs: 7
+preset: quick
+presets:
+  quick: {epochs: 2, rounds: 3}
+  careful: {lr_phi: 0.001}
+"""
+
+
+@pytest.fixture
+def params_folder(tmp_path, monkeypatch):
+    """A params folder of its own, with the file mixture.yaml above and a plain one."""
+    folder = tmp_path / "params"
+    folder.mkdir()
+    (folder / "mixture.yaml").write_text(PRESETS)
+    (folder / "plain.yaml").write_text("schedule: EDM\nshape: [2]\n")
+    monkeypatch.setattr(params_module, "PARAMS", folder)
+    return folder
+
+
+def test_a_preset_replaces_settings_and_the_usual_one_is_the_files_own(params_folder):
+    assert s4s.settings_for("mixture") == {"epochs": 2, "rounds": 3}
+    assert s4s.settings_for("mixture", preset="full") == {} == s4s.settings_for("plain")
+    own = {"mixture": {"rounds": 1}, "plain": {"rounds": 9}}
+    found = s4s.settings_for("mixture", own, "quick", epochs=None, fid_samples=5)
+    assert found == {"epochs": 2, "rounds": 1, "fid_samples": 5}
+    assert load_params("mixture").epochs == 7 and load_params("mixture", "quick").epochs == 2
+    assert load_params("mixture", "careful").lr_phi == 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("preset: quik", ["unknown preset 'quik'", "careful", "full", "quick"]),
+        ("presets: 3", ["presets must map names"]),
+        ("presets: {full: {}}", ["presets must map names"]),
+        ("presets: {quick: 3}", ["a preset must map settings"]),
+        ("presets: {quick: {epoch: 3}}", ["unknown setting 'epoch'"]),
+        ("presets: {quick: {epochs: 0}}", ["epochs must be above 0"]),
+        ("preset: [quick]", ["unknown preset ['quick']"]),
+    ],
+)
+def test_a_slip_in_presets_is_one_sentence(params_folder, one_sentence, text, words):
+    kept = PRESETS if text.startswith("preset:") else PRESETS.partition("preset:")[0]
+    kept = kept.replace("preset: quick\n", "")
+    (params_folder / "mixture.yaml").write_text(f"{kept}{text}\n")
+    with one_sentence("mixture.yaml", *words):
+        s4s.settings_for("mixture")
+
+
+def test_an_unknown_preset_is_refused_in_one_sentence(params_folder, one_sentence):
+    with one_sentence("unknown preset of plain 'quick'; choose one of: full"):
+        s4s.settings_for("plain", preset="quick")
+
+
+# --- A live kernel -----------------------------------------------------------------------------
+
+
+def test_what_a_file_or_a_dictionary_says_later_does_not_change_an_experiment(params_folder):
+    settings = {"fid_samples": 20, "teacher_nfe": 5, "n_train": 4, "n_valid": 2, "epochs": 1}
+    given = s4s.Experiment("mixture", "ld3", nfe=3, settings=settings | {"ld3_order": 2})
+    path = given.path()
+    given.settings["fid_samples"] = settings["fid_samples"] = 30
+    (params_folder / "mixture.yaml").write_text(
+        "schedule: EDM\nshape: [2]\nlr_xi: 0.5\ndistance: l2\n"
+    )
+    result = run(given)
+    assert given.path() == path and path.exists()
+    assert result.n_samples == result.config["params"]["fid_samples"] == 20
+    before = run_module._ld3(given)
+    assert before.params == given.params and run(before).config["params"]["lr_xi"] == 5e-3
+
+
+def test_the_key_of_a_result_needs_no_network(monkeypatch):
+    def no(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("s4s_core.models.zoo.load_network", no)
+    given = s4s.Experiment("digits", settings={"n_train": 3})
+    weights = given.config()["weights"]
+    monkeypatch.undo()
+    assert weights == s4s.load("digits").weights and len(weights) == 3
+    assert given.path().name.startswith("result_")
+
+
+def test_settings_make_one_setup_and_one_network():
+    one, other = (run_module._setup(tiny(**{"nfe": nfe})) for nfe in (3, 4))
+    assert one is other
+    changed = run_module._setup(s4s.Experiment("mixture", settings={"epochs": 3}))
+    assert changed is not one and changed.denoiser is one.denoiser
+    assert {one.params: 1}[s4s.load_params("mixture").override(**TINY)] == 1
+
+
+def test_no_more_cores_are_used_than_this_process_may(monkeypatch):
+    assert 1 <= run_module.usable_cores() <= os.cpu_count()
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert run_module.usable_cores() == 1
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert run_module.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_named_lists_of_experiments_are_told_apart_in_the_frame():
+    rows = s4s.run_all({"iPNDM": [tiny("none")], "S4S": [tiny(), tiny(seed=1)]}, workers=1)
+    assert rows["method"].tolist() == ["iPNDM", "S4S", "S4S"]
+    assert rows["seed"].tolist() == [0, 0, 1]
+    assert tables.describe(rows) == "3 runs; features: the plane itself; seeds 0 to 49"
+    assert "method" not in s4s.run_all([tiny("none")])
+
+
+def test_the_former_command_still_runs(results):
+    arguments = ["--dataset", "mixture", "--nfe", "2", "--order", "1", "--set", "fid_samples=5"]
+    settings = ["--set", "teacher_nfe=3"]
+    process = script(results, "", "-m", "s4s_core.experiment", *arguments, *settings)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Fréchet distance (the plane itself; 5 samples, seeds 0-4)" in output
+
+
+def test_lists_name_what_the_command_takes(capsys):
+    for what, words in {
+        "datasets": ["mixture", "ffhq"],
+        "solvers": ["ipndm", "dpm_solver_v3"],
+        "grids": ["logsnr", "ld3"],
+        "learners": ["alternating"],
+        "settings": ["lr_phi", "0.01", "rate of the coefficients"],
+    }.items():
+        main(["list", what])
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words), what

@@ -10,13 +10,13 @@ from diffusers.schedulers.scheduling_utils import AysSchedules
 import s4s_core as s4s
 from s4s_core import (
     EDM,
+    CallCounter,
     RectifiedFlow,
     TimeGrid,
     VPDiscrete,
     VPLinear,
     ays,
     cheapest_path,
-    count_calls,
     dmn,
     dmn_bound,
     gits,
@@ -26,7 +26,8 @@ from s4s_core import (
     time_uniform,
     trajectory,
 )
-from s4s_core.grid_search import jump_costs
+from s4s_core.baselines.grid_search import jump_costs
+from s4s_core.grid import gits_sd15
 
 SD, LDM = VPDiscrete(), VPDiscrete.ldm()
 
@@ -209,7 +210,7 @@ def test_jump_costs_are_what_they_are_called(toy, noise, schedule):
 def test_gits_solves_for_the_teacher_once(toy):
     setup = s4s.load("mixture")
     x_T = s4s.initial_noise(setup, range(40))
-    counted = count_calls(setup.denoiser)
+    counted = CallCounter(setup.denoiser)
     grid = gits(counted, x_T, EDM(), 5, points=20, batch_size=64)
     assert counted.calls == 20
     fine = time_edm(EDM(), 20).t.tolist()
@@ -278,7 +279,7 @@ def test_searched_grids_start_learning_too(make):
 
 @pytest.mark.parametrize("nfe", [3, 4, 5, 6, 8, 10])
 def test_the_listed_gits_grid_runs_through_its_noise_levels(nfe):
-    grid = s4s.grid_search.gits_sd15(VPDiscrete(), nfe)
+    grid = gits_sd15(VPDiscrete(), nfe)
     assert grid.nfe == nfe
     assert grid.s[0].item() == pytest.approx(14.6146, abs=1e-3)
     assert grid.s[-1].item() == pytest.approx(0.0292, abs=1e-4)
@@ -288,6 +289,6 @@ def test_the_listed_gits_grid_runs_through_its_noise_levels(nfe):
 
 def test_where_gits_lists_nothing_a_sentence_says_so(one_sentence):
     with one_sentence("nfe 7", "3, 4, 5, 6, 8, 10", "gits"):
-        s4s.grid_search.gits_sd15(VPDiscrete(), 7)
+        gits_sd15(VPDiscrete(), 7)
     with one_sentence("EDM", "search it"):
-        s4s.grid_search.gits_sd15(s4s.EDM(), 5)
+        gits_sd15(s4s.EDM(), 5)

@@ -12,7 +12,7 @@ import torch
 from nbclient import NotebookClient
 
 import s4s_core as s4s
-from s4s_core import interactive
+from s4s_core.lessons import interactive
 
 matplotlib.use("Agg")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -116,7 +116,7 @@ def solver(setup, nfe=4, order=2):
 @pytest.fixture
 def drawn(monkeypatch):
     """The paths that were drawn, and the titles."""
-    from s4s_core import plot
+    from s4s_core.experiments import plot
 
     paths, draw = [], plot.plot_trajectories
 
@@ -197,12 +197,12 @@ def test_a_step_that_is_not_there_is_refused(setup, one_sentence, step):
     ],
 )
 def test_answers_are_told_right_from_wrong(capsys, answer, right, said):
-    interactive.check(answer, right, "look again")
+    interactive.check_answer(answer, right, "look again")
     assert capsys.readouterr().out.startswith(said)
 
 
 def test_source_is_that_of_the_real_function():
-    shown = interactive.source(s4s.ddim, s4s.EDM)
+    shown = interactive.show_source(s4s.ddim, s4s.EDM)
     assert shown.startswith("```python\ndef ddim(grid") and shown.endswith("\n```")
     assert "None, prediction)\n\n@dataclass(frozen=True)\nclass EDM" in shown
     assert shown._repr_markdown_() == shown

@@ -19,10 +19,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 TOKEN = "of-this-test"
 
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER and importlib.util.find_spec("selenium")),
-    reason="needs a browser: chromium, chromedriver (Debian's chromium-driver) and selenium",
-)
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER and importlib.util.find_spec("selenium")),
+        reason="needs a browser: chromium, chromedriver (Debian's chromium-driver) and selenium",
+    ),
+]
 
 PANEL = "window.jupyterapp.shell.currentWidget"
 # What the open notebook holds, and the picture under a cell once it is drawn.

@@ -18,14 +18,14 @@ from diffusers.loaders.single_file_utils import (
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import s4s_core as s4s
-from s4s_core.networks import (
+from s4s_core.models.networks import (
     LatentModel,
     latent,
     load_imagenet,
     load_lsun,
     load_stable_diffusion,
 )
-from s4s_core.zoo import guided_network
+from s4s_core.models.zoo import guided_network
 
 WIDTHS = (8, 8, 16, 16)  # channels of a U-Net's levels
 TIME = torch.tensor([0.3004, 0.9], dtype=torch.float64)
@@ -433,7 +433,7 @@ def test_a_solver_is_learned_for_a_guided_model_through_its_decoder(stable_diffu
     grid = s4s.time_uniform(schedule, 5)
     first, *_, last = s4s.learn_coefficients(s4s.Solver(s4s.ipndm(grid, 3), grid), setup, teacher)
     assert last.best is not first.solver
-    x_0 = torch.cat(list(s4s.generate(last.best, setup, teacher.seeds[6:].tolist())))
+    x_0 = torch.cat(list(s4s.sample_batches(last.best, setup, teacher.seeds[6:].tolist())))
     images = [setup.decode(x) for x in (x_0, teacher.x_0[6:])]
     loss = (images[0] - images[1]).square().mean().item()
     assert loss == pytest.approx(min(first.valid_loss, last.valid_loss), rel=0.2)

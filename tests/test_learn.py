@@ -1,6 +1,7 @@
 """Learning: what each algorithm moves, what it leaves alone, and that it helps on unseen noise."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from s4s_core import (
     EDM,
     Coefficients,
     LearnedGrid,
-    LearningDiverged,
+    LearningDivergedError,
     Solver,
     TeacherSet,
     TimeGrid,
@@ -332,7 +333,7 @@ def test_shared_rows_of_a_constant_table_start_at_the_table(problem):
 
 def test_room_for_a_higher_order_starts_exactly_at_the_published_solver(problem):
     solver, setup, teacher = problem(nfe=5, order=2)
-    wide = Solver(solver.coefficients.widen(4), solver.grid)
+    wide = Solver(solver.coefficients.pad(4), solver.grid)
     narrow_epoch, wide_epoch = (next(learn_coefficients(s, setup, teacher)) for s in (solver, wide))
     assert wide_epoch.valid_loss == narrow_epoch.valid_loss
     assert wide_epoch.train_loss == narrow_epoch.train_loss
@@ -549,7 +550,7 @@ def test_divergence_hands_over_the_best_solver_so_far(problem, learn, gradient_o
     # 16 calls for epoch 0 and 20 an epoch: within the third pass.
     broken = replace(setup, denoiser=Failing(setup.denoiser, 50, gradient_only))
     epochs = []
-    with pytest.raises(LearningDiverged) as info:
+    with pytest.raises(LearningDivergedError) as info:
         for epoch in learn(solver, broken, teacher):
             epochs.append(epoch)
     assert "\n" not in str(info.value) and "lr_phi" in str(info.value)
@@ -561,7 +562,7 @@ def test_divergence_hands_over_the_best_solver_so_far(problem, learn, gradient_o
 def test_divergence_at_the_start_hands_back_the_start(problem):
     solver, setup, teacher = problem()
     broken = replace(setup, denoiser=Failing(setup.denoiser, 1, False))
-    with pytest.raises(LearningDiverged, match="'start'") as info:
+    with pytest.raises(LearningDivergedError, match="'start'") as info:
         next(learn_coefficients(solver, broken, teacher))
     assert info.value.best == solver
 
@@ -570,7 +571,7 @@ def test_divergence_at_the_start_hands_back_the_start(problem):
 def test_collapsing_times_are_a_divergence(problem, learn):
     """Two times may grow equal to the last bit: no grid, but no reason to lose the best solver."""
     solver, setup, teacher = problem(lr_xi=3.0, epochs=5)
-    with pytest.raises(LearningDiverged, match="lr_xi") as info:
+    with pytest.raises(LearningDivergedError, match="lr_xi") as info:
         list(learn(solver, setup, teacher))
     assert loss_of(info.value.best, setup, teacher.valid) <= loss_of(solver, setup, teacher.valid)
 
@@ -580,10 +581,62 @@ def test_an_unknown_setting_is_refused_in_one_sentence(problem, one_sentence, le
     solver, setup, teacher = problem()
     with one_sentence("unknown setting", "'lr_b'", "lr_phi", "epochs"):
         next(learn(solver, setup, teacher, lr_b=1e-2))
-    with one_sentence("epochs", "int", "2.5"):
-        next(learn(solver, setup, teacher, epochs=2.5))
-    with one_sentence("lr_phi", "positive"):
-        next(learn(solver, setup, teacher, lr_phi=-1.0))
+    with one_sentence("grad_clip", "float", "'no'"):
+        next(learn(solver, setup, teacher, grad_clip="no"))
+    with one_sentence("grad_clip", "above 0", "-1.0"):
+        next(learn(solver, setup, teacher, grad_clip=-1.0))
+
+
+NOT_READ = {
+    learn_coefficients: ["batch_size_alt", "rounds", "lr_xi", "grid_variable", "peak_decay"],
+    learn_times: ["batch_size", "lr_phi", "rounds", "phase_epochs", "first_phase"],
+    learn_alternating: ["epochs", "batch_size"],
+    learn_jointly: ["epochs", "batch_size", "first_phase", "peak_decay"],
+}
+ELSEWHERE = ["schedule", "shape", "checkpoint", "guidance", "n_train", "states", "fid_samples"]
+
+
+@every_algorithm
+def test_a_setting_that_is_not_read_is_refused_by_name(problem, one_sentence, learn):
+    """Else learn_times(batch_size=3) would learn with batches of batch_size_alt, and not say so."""
+    solver, setup, teacher = problem()
+    for name in NOT_READ[learn] + ELSEWHERE:
+        value = getattr(setup.params, name)
+        with one_sentence(f"{learn.__name__} does not read {name} ("):
+            next(learn(solver, setup, teacher, **{name: value}))
+
+
+OTHER_VALUES = {"batch_size": 3, "batch_size_alt": 3, "epochs": 7, "rounds": 5, "phase_epochs": 3}
+OTHER_VALUES |= {"first_phase": "xi", "lr_phi": 0.03, "lr_xi": 0.02, "grid_variable": "t"}
+OTHER_VALUES |= {"peak_decay": 0.1}
+
+
+@every_algorithm
+def test_what_is_refused_would_change_nothing(problem, learn):
+    """The lists of settings beside the code are right: in the setup's params these are ignored."""
+    solver, setup, teacher = problem()
+    expected = list(learn(solver, setup, teacher))[-1]
+    changed = {name: OTHER_VALUES[name] for name in NOT_READ[learn]}
+    params = setup.params.override(**changed)
+    found = list(learn(solver, replace(setup, params=params), teacher))[-1]
+    assert found.solver == expected.solver and found.valid_loss == expected.valid_loss
+
+
+@every_algorithm
+def test_what_is_read_changes_what_is_learned(problem, one_sentence, learn):
+    solver, setup, teacher = problem(gamma=0.3, accept_if_better=False)
+    with one_sentence("it reads") as info:
+        next(learn(solver, setup, teacher, fid_samples=1))
+    reads = set(re.search("it reads (.*)", str(info.value))[1].split(", "))
+    others = OTHER_VALUES | {"gamma": 0.0, "lr_x": 0.1, "grad_clip": 1e-4, "distance": "psnr"}
+    others |= {"accept_if_better": True, "consistent": True, "time_dependent": False}
+    others |= {"lr_xi_c": 3.0, "offset_fraction": 0.0}
+    expected = list(learn(solver, setup, teacher))[-1]
+    # LPIPS needs pictures; the others change memory, not numbers.
+    for name in reads - {"lpips_net", "lpips_resize", "rematerialize", "sample_batch_size"}:
+        found = list(learn(solver, setup, teacher, **{name: others[name]}))[-1]
+        same = found.solver == expected.solver and found.train_loss == expected.train_loss
+        assert not same, name
 
 
 def test_a_distance_that_the_model_lacks_is_refused_in_one_sentence(problem, one_sentence):
@@ -676,24 +729,27 @@ def conditional(mixture):
 def test_a_seed_has_the_same_sample_whatever_its_batch(conditional, size):
     setup, seeds = conditional(sample_batch_size=size), range(3, 12)
     grid = time_logsnr(setup.schedule, 4)
-    x_0 = torch.cat(list(s4s.generate(Solver(ipndm(grid, 3), grid), setup, seeds)))
+    x_0 = torch.cat(list(s4s.sample_batches(Solver(ipndm(grid, 3), grid), setup, seeds)))
     for seed, x in zip(seeds, x_0, strict=True):
         alone = Solver(ipndm(grid, 3), grid).sample(
             setup.denoiser_for([seed]), initial_noise(setup, [seed])
         )
         torch.testing.assert_close(x, alone[0], rtol=1e-12, atol=1e-12)
     unmoved = replace(setup, condition=lambda seeds: torch.zeros(len(seeds), 2).double())
-    assert not torch.allclose(torch.cat(list(s4s.generate(setup.teacher, unmoved, seeds))), x_0)
+    assert not torch.allclose(
+        torch.cat(list(s4s.sample_batches(setup.teacher, unmoved, seeds))), x_0
+    )
 
 
 @every_algorithm
 @pytest.mark.parametrize("settings", [{}, {"accept_if_better": True, "rematerialize": True}])
 def test_every_pair_is_learned_with_its_own_condition(conditional, learn, settings):
     """A solver as good as the teacher has no loss, only if each sample meets its condition."""
-    setup = conditional(**settings, teacher_nfe=6, gamma=0.0)
+    slow = {"lr_phi": 1e-6, "lr_xi": 1e-6, "lr_xi_c": 0.0}
+    setup = conditional(**settings, **slow, teacher_nfe=6, gamma=0.0)
     teacher = make_teacher_set(setup)
     start = setup.teacher
-    first, *_, last = learn(start, setup, teacher, lr_phi=1e-6, lr_xi=1e-6, lr_xi_c=0.0)
+    first, *_, last = learn(start, setup, teacher)
     assert first.train_loss < 1e-20 and first.valid_loss < 1e-20
     assert last.train_loss < 1e-6
     mixed = replace(teacher, seeds=teacher.seeds + 1)
@@ -776,9 +832,9 @@ def test_batches_that_do_not_fit_are_learned_in_parts(problem, capsys, learn):
 
 def test_samples_do_not_depend_on_the_memory_there_is(mixture, capsys):
     setup = mixture(sample_batch_size=50)
-    expected = torch.cat(list(s4s.generate(setup.teacher, setup, range(70))))
+    expected = torch.cat(list(s4s.sample_batches(setup.teacher, setup, range(70))))
     small = replace(setup, denoiser=Small(setup.denoiser, 15))
-    parts = list(s4s.generate(setup.teacher, small, range(70)))
+    parts = list(s4s.sample_batches(setup.teacher, small, range(70)))
     assert [len(x) for x in parts] == [12, 12, 12, 12, 12, 10]
     torch.testing.assert_close(torch.cat(parts), expected, rtol=1e-13, atol=1e-13)
     assert "a batch of 50 does not fit into memory, trying 25" in capsys.readouterr().err
@@ -787,4 +843,8 @@ def test_samples_do_not_depend_on_the_memory_there_is(mixture, capsys):
 def test_a_model_too_large_for_one_sample_is_told_in_one_sentence(mixture, one_sentence):
     setup = mixture()
     with one_sentence("sampling", "one sample", "rematerialize"):
-        list(s4s.generate(setup.teacher, replace(setup, denoiser=Small(setup.denoiser, 0)), [0]))
+        list(
+            s4s.sample_batches(
+                setup.teacher, replace(setup, denoiser=Small(setup.denoiser, 0)), [0]
+            )
+        )

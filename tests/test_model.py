@@ -5,11 +5,11 @@ import torch
 
 from s4s_core import (
     EDM,
+    CallCounter,
     GaussianMixture,
     RectifiedFlow,
     VPDiscrete,
     VPLinear,
-    count_calls,
     from_denoiser,
     from_flow,
     from_noise_prediction,
@@ -172,7 +172,7 @@ def test_guidance_of_the_prediction_is_guidance_of_the_denoiser_and_counts_once(
             make(lambda x, t, condition=condition: network(x, t, **condition), schedule)(x, t)
             for condition in (one, none)
         )
-        counted = count_calls(make(guided(network, one, none, 3.0), schedule))
+        counted = CallCounter(make(guided(network, one, none, 3.0), schedule))
         torch.testing.assert_close(counted(x, t), u + 3 * (c - u), rtol=1e-12, atol=1e-12)
         assert counted.calls == 1
 
@@ -278,7 +278,7 @@ def test_half_precision_rounds_the_network_and_nothing_else(noise, dtype, roundi
 
 def test_count_calls_counts_and_changes_nothing(noise):
     mixture = plane(EDM())
-    counted, x = count_calls(mixture), noise(0, 3, 2)
+    counted, x = CallCounter(mixture), noise(0, 3, 2)
     assert counted.calls == 0 and counted.schedule == EDM()
     for n in range(1, 4):
         assert torch.equal(counted(x, scalar(0.3)), mixture(x, scalar(0.3)))
@@ -286,5 +286,5 @@ def test_count_calls_counts_and_changes_nothing(noise):
 
 
 def test_a_function_without_a_schedule_stays_without_one():
-    for wrap in (count_calls, rematerialized):
+    for wrap in (CallCounter, rematerialized):
         assert not hasattr(wrap(lambda x, t: x), "schedule")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from s4s_core import UsageError
-from s4s_core.networks import (
+from s4s_core.models.networks import (
     Classifier,
-    EDMPrecond,
+    SmallDenoiser,
     UNet,
     digits_data,
     held_out_split,
@@ -23,7 +23,7 @@ from s4s_core.networks import (
     train_denoiser,
     training,
 )
-from s4s_core.zoo import WEIGHTS
+from s4s_core.models.zoo import WEIGHTS
 
 SMALL = dict(widths=(8, 16), embedding=16)
 
@@ -59,21 +59,21 @@ def digits():
 
 
 def test_without_noise_the_denoiser_is_the_identity():
-    net, x = randomized(EDMPrecond(0.75, **SMALL)).double(), normal(4, 1, 8, 8)
+    net, x = randomized(SmallDenoiser(0.75, **SMALL)).double(), normal(4, 1, 8, 8)
     error = [(net(x, sigma) - x).abs().max() for sigma in (1e-3, 1e-5)]
     assert error[0] < 0.1 and error[1] < error[0] / 50
 
 
 def test_an_untrained_network_is_the_best_linear_denoiser():
     """F is 0 at the start, so D = c_skip x: exact for data N(0, sigma_data^2)."""
-    net, x = EDMPrecond(0.75, **SMALL).double(), normal(4, 1, 8, 8)
+    net, x = SmallDenoiser(0.75, **SMALL).double(), normal(4, 1, 8, 8)
     for sigma in (0.002, 0.5, 80.0):
         assert torch.allclose(net(x, sigma), x * 0.75**2 / (0.75**2 + sigma**2), rtol=1e-14)
 
 
 def test_scalings_are_those_of_the_paper():
     """D = c_skip x + c_out F(c_in x, ln(sigma) / 4), each factor written out once more."""
-    net, x, s, d = randomized(EDMPrecond(0.75, **SMALL)).double(), normal(3, 1, 8, 8), 1.7, 0.75
+    net, x, s, d = randomized(SmallDenoiser(0.75, **SMALL)).double(), normal(3, 1, 8, 8), 1.7, 0.75
     root = math.sqrt(s**2 + d**2)
     c_noise = torch.tensor([math.log(s) / 4], dtype=torch.float64)
     expected = d**2 / root**2 * x + s * d / root * net.unet(x / root, c_noise)
@@ -113,7 +113,7 @@ def test_float64_weights_agree_with_float32(shipped):
 
 @pytest.mark.parametrize("attention", [(), (1,)])
 def test_gradients_reach_image_and_sigma(attention):
-    net = randomized(EDMPrecond(0.75, attention=attention, **SMALL)).double()
+    net = randomized(SmallDenoiser(0.75, attention=attention, **SMALL)).double()
     x = normal(2, 1, 4, 4).requires_grad_()
     sigma = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(net, (x, sigma), fast_mode=True)
@@ -176,7 +176,7 @@ def test_classifier_features_are_what_its_head_reads(classifier, digits):
 # ---- files
 
 
-@pytest.mark.parametrize("net", [EDMPrecond(0.75, attention=(1,), **SMALL), Classifier(width=8)])
+@pytest.mark.parametrize("net", [SmallDenoiser(0.75, attention=(1,), **SMALL), Classifier(width=8)])
 def test_a_saved_network_comes_back_rounded_to_half_precision(tmp_path, net):
     net = randomized(net)
     save_network(tmp_path / "net.safetensors", net, note="why not", steps=3)
@@ -206,7 +206,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_only_known_networks_are_saved(tmp_path):
-    with pytest.raises(UsageError, match="cannot save a Linear; save one of: EDMPrecond"):
+    with pytest.raises(UsageError, match="cannot save a Linear; save one of: SmallDenoiser"):
         save_network(tmp_path / "net.safetensors", torch.nn.Linear(2, 2))
 
 
@@ -242,8 +242,8 @@ def damage(path, how):
         ("cut", "is not a complete safetensors file"),
         ("empty", "is not a complete safetensors file"),
         ("pickle", "is not a complete safetensors file"),
-        ("no metadata", "class None, not one of: EDMPrecond, Classifier"),
-        ("other class", "class 'os.system', not one of: EDMPrecond, Classifier"),
+        ("no metadata", "class None, not one of: SmallDenoiser, Classifier"),
+        ("other class", "class 'os.system', not one of: SmallDenoiser, Classifier"),
         ("other argument", "does not describe a Classifier .*code"),
         ("bad config", "does not describe a Classifier"),
         ("other shape", "does not describe a Classifier"),
@@ -402,7 +402,7 @@ def test_the_average_of_constant_weights_is_those_weights(digits):
     (record,) = train_denoiser(digits[0], 3, batch=4, lr=0.0, **SMALL)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        start = EDMPrecond(digits[0].std().item(), in_channels=1, **SMALL)
+        start = SmallDenoiser(digits[0].std().item(), in_channels=1, **SMALL)
     for a, b in zip(record.network.parameters(), start.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-7)
 

@@ -1,6 +1,6 @@
-"""The long notebooks through papermill, at the smallest scale and from another folder.
+"""Every notebook runs from another folder: the lessons as they are, whole tables at a small scale.
 
-nbval runs the short ones at their defaults; those of the long ones are full tables.
+Most run in this process (running.py). Those marked `kernel` go through papermill, as a person does.
 """
 
 import os
@@ -10,45 +10,72 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from running import NOTEBOOKS, run_notebook
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-SMALL = {"seeds": [0], "fid_samples": 100, "epochs": 1, "n_train": 40}
-LEAST = {"epochs": 1, "rounds": 1, "fid_samples": 100}
+import s4s_core as s4s
+
+LEAST = {"epochs": 1, "rounds": 1, "fid_samples": 100, "teacher_nfe": 10}
 LEAST |= {"n_train": 40, "n_train_alt": 40, "n_valid": 20, "n_valid_alt": 20}
-QUICK = {"seeds": [0], "settings": {"digits": LEAST}}
+SMALL = {"seeds": [0], "settings": {"mixture": LEAST, "digits": LEAST}}
+# Whole tables, cut down. The plane is a model like any other to them, and costs next to nothing.
+PLANE = SMALL | {"dataset": "mixture"}
 LONG = {
-    "ablation_order": SMALL | {"orders": [1, 2], "nfes": [2, 3], "rounds": 1, "n_train_alt": 40},
-    "train_solver": SMALL | {"grids": ["edm", "logsnr"], "nfes": [3]},
-    "tables": QUICK | {"grids": ["dmn", "gits", "ld3"], "solvers": ["ipndm", "unipc"], "nfes": [3]},
-    "ablation_radius": QUICK | {"gammas": [0.0, 1.0], "nfes": [3]},
-    "ablation_init": QUICK | {"nfes": [3], "patient": {}},
-    "ablation_design": QUICK | {"nfes": [3]},
-    "ablation_dataset_size": QUICK | {"sizes": [20, 40], "nfe": 3},
-    "ablation_joint": QUICK | {"nfes": [3, 4]},
-    "ablation_single_step": QUICK | {"nfes": [3, 4]},
-    "compare_learned": QUICK
+    "ablation_order": PLANE | {"orders": [1, 2], "nfes": [2, 3]},
+    "train_solver": PLANE | {"grids": ["edm", "logsnr"], "nfes": [3]},
+    "tables": PLANE | {"grids": ["dmn", "gits", "ld3"], "solvers": ["ipndm", "unipc"], "nfes": [3]},
+    "ablation_radius": PLANE | {"gammas": [0.0, 1.0], "nfes": [3]},
+    "ablation_init": PLANE | {"nfes": [3], "patient": {}},
+    "ablation_design": SMALL | {"nfes": [3]},  # compares LPIPS's form with L2: images
+    "ablation_dataset_size": PLANE | {"sizes": [20, 40], "nfe": 3},
+    "ablation_joint": PLANE | {"nfes": [3, 4]},
+    "ablation_single_step": PLANE | {"nfes": [3, 4]},
+    "compare_learned": PLANE
     | {"grids": ["edm", "ld3"], "solvers": ["ipndm"], "nfes": [3], "rival_nfes": [3], "target": 3},
-    "figure_coefficient_pca": QUICK | {"nfe": 3},
+    "figure_coefficient_pca": PLANE | {"nfe": 3, "epochs": 1},
     "pictures": {"dataset": "digits", "settings": {"digits": LEAST}, "solvers": ["unipc"]}
     | {"nfes": [3], "shown": 3, "distances": ["features", "l2"], "n": 4},
-    "figure_samples": {"nfe": 3, "n": 4, "plane_nfe": 3}
-    | {"settings": {"digits": LEAST, "mixture": LEAST}},
+    "figure_samples": {"nfe": 3, "n": 4, "plane_nfe": 3, "settings": SMALL["settings"]},
+}
+SHORT = {
+    **{path.stem: {} for path in NOTEBOOKS.glob("0?_*.ipynb")},
+    "00_tour": {"nfe": 4, "samples": 300, "epochs": 1, "rounds": 1},
+    "appendix_theory": {},
+    "appendix_train_denoiser": {},
+    "bring_your_own_model": {"epochs": 2},
 }
 
 
-def test_every_notebook_runs_here_or_under_nbval():
-    command = (NOTEBOOKS.parent / "do").read_text("utf-8")
-    globs = ("0*", "appendix_*", "bring_*")
-    under_nbval = {p.stem for glob in globs for p in NOTEBOOKS.glob(f"{glob}.ipynb")}
-    assert all(f"notebooks/{glob}.ipynb" in command for glob in globs)
-    assert {p.stem for p in NOTEBOOKS.glob("*.ipynb")} == under_nbval | set(LONG)
+def test_every_notebook_is_run():
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {*LONG, *SHORT}
 
 
-def papermill(
-    tmp_path, name: str, folders=(), **parameters
-) -> tuple[subprocess.CompletedProcess, Path]:
-    """Run a notebook from tmp_path with a cache of its own, and the `folders` that the environment
-    names; the process and the output's path.
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # no processes: they import torch anew
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("name", LONG)
+def test_a_whole_table_runs_at_a_small_scale(name):
+    assert "seeds 0 to 99" in run_notebook(name, **LONG[name]).text
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_notebook_runs_and_prints_what_it_says(name):
+    cells = run_notebook(name, **SHORT[name]).cells
+    for cell, printed in cells:
+        if "check-output" in cell.metadata.get("tags", []):
+            committed = "".join(
+                o.get("text", "") for o in cell.outputs if o.get("name") == "stdout"
+            )
+            assert printed.split() == committed.split(), cell.source
+
+
+def papermill(tmp_path: Path, name: str, folders=(), **parameters):
+    """Run a notebook through papermill from tmp_path, with a cache of its own and the `folders`
+    that the environment names; return the process and the output's path.
     """
     out = tmp_path / f"{name}.ipynb"
     command = [sys.executable, "-m", "papermill", NOTEBOOKS / f"{name}.ipynb", out]
@@ -60,47 +87,68 @@ def papermill(
     return done, out
 
 
-@pytest.mark.parametrize("name", LONG)
-def test_the_long_notebooks_run_from_another_folder(tmp_path, name):
-    done, out = papermill(tmp_path, name, **LONG[name])
+@pytest.mark.kernel
+def test_papermill_runs_the_order_ablation_from_another_folder(tmp_path):
+    small = SMALL | {"dataset": "digits", "orders": [1, 2], "nfes": [2, 3]}
+    done, out = papermill(tmp_path, "ablation_order", **small)
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = str([cell.get("outputs") for cell in nbformat.read(out, 4).cells])
-    assert "image/png" in outputs and "| method | order |" in outputs or name != "ablation_order"
-    assert "seeds 0 to 99" in outputs
+    assert "image/png" in outputs and "| method | order |" in outputs
+    assert "digits classifier, 64 features; seeds 0 to 99" in outputs
 
 
-SHORT = sorted({path.stem for path in NOTEBOOKS.glob("*.ipynb")} - set(LONG))
-SMALLER = {"00_tour": {"nfe": 4, "samples": 300, "epochs": 1, "rounds": 1}}
+@pytest.mark.kernel
+def test_a_slip_is_shown_as_one_sentence_without_internals(tmp_path):
+    done, _ = papermill(tmp_path, "ablation_order", dataset="ffhqq")
+    assert done.returncode != 0
+    assert "unknown dataset 'ffhqq'; choose one of: afhqv2" in done.stderr
+    assert "s4s_core/" not in done.stderr
 
 
-@pytest.mark.parametrize("name", SHORT)
-def test_the_short_notebooks_run_from_another_folder(tmp_path, name):
-    done, out = papermill(tmp_path, name, **SMALLER.get(name, {}))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "image/png" in out.read_text("utf-8")
-
-
+@pytest.mark.notebook
 @pytest.mark.parametrize(
     ("name", "parameters", "sentence"),
     [
         ("ablation_order", {"dataset": "ffhqq"}, "unknown dataset 'ffhqq'; choose one of: afhqv2"),
-        ("ablation_order", {"epochs": "'1e-4'"}, "epochs must be of type int, not '1e-4'"),
-        ("ablation_order", {"orders": "[0]"}, "order must be a whole number of at least 1"),
-        ("ablation_order", {"nfes": "'[4, 6]'"}, "nfes must be a list of whole numbers"),
-        ("train_solver", {"seeds": "0"}, "seeds must be a list of whole numbers"),
-        ("tables", {"settings": "{gamma: 0.0}"}, "settings must map datasets to settings"),
+        ("ablation_order", {"epochs": "1e-4"}, "epochs must be of type int, not '1e-4'"),
+        ("ablation_order", {"orders": [0]}, "order must be a whole number of at least 1"),
+        ("ablation_order", {"nfes": "[4, 6]"}, "nfes must be a list of whole numbers"),
+        ("ablation_order", {"preset": "quik"}, "unknown preset of digits 'quik'; choose one of"),
+        ("ablation_order", {"dataset": "ffhq", "preset": "quick"}, "unknown preset of ffhq"),
+        ("train_solver", {"seeds": 0}, "seeds must be a list of whole numbers"),
+        ("tables", {"settings": {"gamma": 0.0}}, "settings must map datasets to settings"),
         ("02_time_grids", {"dataset": "digits"}, "take dataset mixture"),
-        ("train_solver", {"grids": "[edn]"}, "unknown grid 'edn'; choose one of: ays_sd15"),
-        ("train_solver", {"nfes": "[2]"}, "order 3 needs at least 3 network calls, not nfe = 2"),
+        ("train_solver", {"grids": ["edn"]}, "unknown grid 'edn'; choose one of: ays_sd15"),
+        ("train_solver", {"nfes": [2]}, "order 3 needs at least 3 network calls, not nfe = 2"),
+        ("compare_learned", {"methods": ["S4S", "S5S"]}, "unknown method 'S5S'; choose one of"),
         ("00_tour", {"dataset": "fhq"}, "unknown dataset 'fhq'"),
         ("00_tour", {"nfe": 0}, "nfe must be a whole number of at least 1, not 0"),
         ("00_tour", {"order": 9}, "published up to order 4, not 9"),
     ],
 )
-def test_a_slip_in_a_parameter_is_one_sentence_without_internals(
-    tmp_path, name, parameters, sentence
-):
-    done, _ = papermill(tmp_path, name, **parameters)
-    assert done.returncode != 0
-    assert sentence in done.stderr
-    assert "s4s_core/" not in done.stderr
+def test_a_slip_in_a_parameter_is_one_sentence(one_sentence, name, parameters, sentence):
+    with one_sentence(sentence):
+        run_notebook(name, **parameters)
+
+
+EXPERIMENTS = sorted({*LONG})
+GRAMMAR = ["dataset", "...", "seeds", "preset", "epochs", "fid_samples", "settings", "save_as"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_share_one_grammar_of_parameters(name):
+    import papermill as pm
+
+    names = list(pm.inspect_notebook(NOTEBOOKS / f"{name}.ipynb"))
+    shared = [n if n != "seed" else "seeds" for n in names]
+    positions = [shared.index(n) for n in GRAMMAR if n in shared]
+    assert positions == sorted(positions) and positions[0] == 0
+    assert set(GRAMMAR) - set(shared) <= {"...", "seeds"}, f"{name} lacks a parameter"
+    assert not {"rounds", "n_train", "n_train_alt"} & set(names)
+
+
+def test_the_papers_settings_are_those_of_its_models(monkeypatch):
+    """`-p dataset ffhq` means the paper's settings; the digits' usual preset is short."""
+    assert s4s.settings_for("ffhq") == {} == s4s.settings_for("cifar10")
+    assert s4s.settings_for("digits")["epochs"] < s4s.load_params("digits").epochs
+    assert s4s.settings_for("digits", preset="full") == {}

@@ -18,8 +18,14 @@ import torch
 from torch import nn
 
 from s4s_core import UsageError
-from s4s_core.networks import EDMDenoiser, convert_edm, load_edm, read_persistent, save_network
-from s4s_core.networks.song_unet import Block, Conv2d
+from s4s_core.models.networks import (
+    EDMPrecond,
+    convert_edm,
+    load_edm,
+    read_persistent,
+    save_network,
+)
+from s4s_core.models.networks.song_unet import Block, Conv2d
 
 CONFIG = dict(
     img_resolution=4, img_channels=1, use_fp16=True, sigma_max=80, model_type="SongUNet",
@@ -87,7 +93,7 @@ def persistent(module: nn.Module, **init_kwargs) -> Persistent:
         twin = nn.ModuleDict()
         twin.__dict__.update(state)
         return twin
-    names = {EDMDenoiser: "EDMPrecond", Block: "UNetBlock"}
+    names = {EDMPrecond: "EDMPrecond", Block: "UNetBlock"}
     if type(module) is Block:
         state["skip_scale"] = np.sqrt(0.5)
         init_kwargs |= dict(eps=1e-6, init_attn=dict(init_weight=np.sqrt(0.2)))
@@ -96,13 +102,13 @@ def persistent(module: nn.Module, **init_kwargs) -> Persistent:
     return Persistent(names.get(type(module), type(module).__name__), state, **init_kwargs)
 
 
-def network(seed=0, **config) -> EDMDenoiser:
+def network(seed=0, **config) -> EDMPrecond:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return EDMDenoiser(**CONFIG | config).eval().requires_grad_(False)
+        return EDMPrecond(**CONFIG | config).eval().requires_grad_(False)
 
 
-def checkpoint(net: EDMDenoiser, **changes) -> dict:
+def checkpoint(net: EDMPrecond, **changes) -> dict:
     easy = sys.modules["dnnlib.util"].EasyDict
     return {
         "ema": persistent(net, **net.config),
@@ -137,7 +143,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 def test_a_checkpoint_is_read(written, protocol):
     net = network()
     loaded = load_edm(written(checkpoint(net), protocol))
-    assert type(loaded) is EDMDenoiser and same_weights(loaded, net)
+    assert type(loaded) is EDMPrecond and same_weights(loaded, net)
     assert loaded.config == net.config and (loaded.sigma_min, loaded.sigma_max) == (0, 80)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     x = torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4)
@@ -487,7 +493,7 @@ def test_other_checkpoints_are_told_in_one_sentence(written, one_sentence, make,
 
 
 def test_a_missing_file_and_another_network_are_told_in_one_sentence(tmp_path, one_sentence):
-    from s4s_core.networks import Classifier
+    from s4s_core.models.networks import Classifier
 
     with one_sentence("cannot read", "nothing.pkl"):
         load_edm(tmp_path / "nothing.pkl")
@@ -496,7 +502,7 @@ def test_a_missing_file_and_another_network_are_told_in_one_sentence(tmp_path, o
     with one_sentence("nothing.safetensors"):
         load_edm(tmp_path / "nothing.safetensors")
     save_network(tmp_path / "other.safetensors", Classifier(width=8))
-    with one_sentence("Classifier", "EDMDenoiser"):
+    with one_sentence("Classifier", "EDMPrecond"):
         load_edm(tmp_path / "other.safetensors")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import run_notebook
 from test_latent import (
     tiny_configurations,
     write_imagenet,
@@ -20,7 +21,10 @@ from test_latent import (
 from test_notebooks import LEAST, LONG, papermill
 
 import s4s_core as s4s
-from s4s_core.networks import EDMDenoiser, latent, save_network
+from s4s_core import params as params_module
+from s4s_core.experiments import run as run_module
+from s4s_core.models import zoo
+from s4s_core.models.networks import EDMPrecond, latent, save_network
 
 EDM_FILES = {
     "cifar10": (32, "edm-cifar10-32x32-uncond-vp", "cifar10-32x32"),
@@ -29,9 +33,9 @@ EDM_FILES = {
 }
 
 
-def edm_network(side: int) -> EDMDenoiser:
+def edm_network(side: int) -> EDMPrecond:
     torch.manual_seed(0)
-    return EDMDenoiser(
+    return EDMPrecond(
         side, 3, model_type="SongUNet", model_channels=8, channel_mult=[1, 1], num_blocks=1,
         attn_resolutions=[8],
     )  # fmt: skip
@@ -60,13 +64,13 @@ def write_latent_models(home):
         Image.fromarray(pixels).save(folder / f"{seed}.png")
 
 
-# Every Python process of the run begins with these lines: the models that fit the checkpoints,
-# and the settings of this repository without the one hash that is known.
+# Every Python process that papermill starts begins with these lines: the models that fit the
+# checkpoints, and the settings of this repository without the one hash that is known.
 CUSTOMIZE = """
 import pathlib
-import s4s_core.zoo, s4s_core.networks.latent
-s4s_core.zoo.PARAMS = pathlib.Path({params!r})
-vars(s4s_core.networks.latent).update({configurations!r})
+import s4s_core.params, s4s_core.models.networks.latent
+s4s_core.params.PARAMS = pathlib.Path({params!r})
+vars(s4s_core.models.networks.latent).update({configurations!r})
 """
 
 
@@ -80,7 +84,7 @@ def folders(tmp_path_factory, inception_file, vgg_home):
         np.savez(home / f"{reference}.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     write_latent_models(home)
     params = tmp_path_factory.mktemp("params")
-    for path in s4s.zoo.PARAMS.glob("*.yaml"):
+    for path in params_module.PARAMS.glob("*.yaml"):
         (params / path.name).write_text(
             re.sub("sha256: [0-9a-f]{64}", 'sha256: ""', path.read_text())
         )
@@ -91,9 +95,15 @@ def folders(tmp_path_factory, inception_file, vgg_home):
 
 
 @pytest.fixture
-def placed(folders, monkeypatch):
+def placed(folders, monkeypatch, tmp_path):
+    """This process meets those files as papermill's would, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     for name, folder in folders.items():
         monkeypatch.setenv(name, folder)
+    monkeypatch.setattr(params_module, "PARAMS", Path(folders["PYTHONPATH"]))
+    for name, config in tiny_configurations().items():
+        monkeypatch.setattr(latent, name, config)
 
 
 SMALL = {
@@ -101,18 +111,27 @@ SMALL = {
     "n_train": 2, "n_valid": 2, "n_train_alt": 2, "n_valid_alt": 2,
     "batch_size": 2, "batch_size_alt": 2,
 }  # fmt: skip
+ORDER = {"orders": [3], "nfes": [3], "seeds": [0]}
 
 
-@pytest.mark.parametrize("dataset", [*EDM_FILES, *LATENT])
-def test_a_pretrained_model_runs_through_the_order_ablation(tmp_path, folders, dataset):
+@pytest.mark.kernel
+def test_papermill_runs_the_order_ablation_on_a_pretrained_model(tmp_path, folders):
+    settings = json.dumps({"cifar10": SMALL})
     done, out = papermill(
-        tmp_path, "ablation_order", folders, dataset=dataset, orders="[3]", nfes="[3]",
-        seeds="[0]", settings=json.dumps({dataset: SMALL}),
-    )  # fmt: skip
+        tmp_path, "ablation_order", folders, dataset="cifar10", settings=settings, **ORDER
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     outputs = str([cell.get("outputs") for cell in nbformat.read(out, 4).cells])
     assert "Inception of other weights, not FID; seeds 0 to 3" in outputs
     assert "| S4S | 3 |" in outputs and "nan" not in outputs
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("dataset", [*EDM_FILES, *LATENT])
+def test_a_pretrained_model_runs_through_the_order_ablation(placed, dataset):
+    text = run_notebook("ablation_order", dataset=dataset, settings={dataset: SMALL}, **ORDER).text
+    assert "Inception of other weights, not FID; seeds 0 to 3" in text
+    assert "| S4S | 3 |" in text and "nan" not in text
 
 
 # The notebooks that ask more of a model than the others' list of experiments.
@@ -126,16 +145,16 @@ OTHERS = {
 }
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize(("name", "dataset"), OTHERS)
-def test_other_notebooks_take_a_pretrained_model(tmp_path, folders, name, dataset):
+def test_other_notebooks_take_a_pretrained_model(placed, name, dataset):
     # DPM-Solver-v3's regression for each entry of a sample needs more than two of them.
     small = SMALL | {"distance": "l2", "n_train": 16 if name == "compare_learned" else 2}
-    settings = {dataset: small, "mixture": LEAST}
-    parameters = {"dataset": dataset, "settings": json.dumps(settings)}
-    parameters = OTHERS[name, dataset] | parameters
-    done, out = papermill(tmp_path, name, folders, **parameters)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Inception of other weights, not FID" in out.read_text("utf-8")
+    given = {"dataset": dataset, "settings": {dataset: small, "mixture": LEAST}}
+    assert (
+        "Inception of other weights, not FID"
+        in run_notebook(name, **OTHERS[name, dataset] | given).text
+    )
 
 
 @pytest.mark.parametrize("dataset", EDM_FILES)
@@ -151,14 +170,11 @@ def test_the_setup_of_an_edm_model_is_its_network(placed, dataset):
     )
 
 
-def test_a_setting_of_guidance_reaches_the_model(placed, folders, monkeypatch):
-    monkeypatch.setattr(s4s.zoo, "PARAMS", Path(folders["PYTHONPATH"]))
-    for name, config in tiny_configurations().items():
-        monkeypatch.setattr(latent, name, config)
+def test_a_setting_of_guidance_reaches_the_model(placed):
     t, drawn = torch.tensor(0.5, dtype=torch.float64), {}
     for guidance in (1.0, 2.0, 3.0):
         experiment = s4s.Experiment("imagenet", settings={"guidance": guidance})
-        setup = s4s.experiment._setup(experiment)
+        setup = run_module._setup(experiment)
         assert setup.params.guidance == guidance
         with torch.no_grad():
             drawn[guidance] = setup.denoiser_for([0])(s4s.initial_noise(setup, [0]), t)
@@ -191,7 +207,7 @@ def test_without_its_file_a_model_says_where_to_put_it(
         raise OSError("no connection")
 
     monkeypatch.setenv("S4S_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("s4s_core.download.urlopen", offline)
+    monkeypatch.setattr("s4s_core.models.download.urlopen", offline)
     url = s4s.load_params(dataset).url
     name = (f"{dataset}_" if dataset in LATENT else "") + url.rpartition("/")[2]
     with one_sentence(url, str(tmp_path / "home" / name), "by hand"):
@@ -203,4 +219,4 @@ def test_further_files_are_addresses_or_paths(tmp_path, monkeypatch, one_sentenc
         s4s.Params(schedule="EDM", shape=[1], files=[3])
     monkeypatch.setenv("S4S_HOME", str(tmp_path))
     with one_sentence(str(tmp_path / "captions.txt"), "missing", "put it there"):
-        s4s.zoo._file("captions.txt", "captions.txt")
+        zoo._file("captions.txt", "captions.txt")

@@ -40,7 +40,7 @@ def error(solver, setup, seed: int = 7) -> float:
 @pytest.mark.parametrize("table", [dpm_solver_pp, unipc], ids=["dpm_solver_pp", "unipc"])
 def test_learned_times_carry_the_theory_with_them(problem, table):
     solver, setup, teacher = problem(table)
-    epochs = list(learn_times(solver, setup, teacher, theory=table))
+    epochs = list(learn_times(solver, setup, teacher, scheme=table))
     assert not torch.equal(epochs[-1].solver.grid.t, solver.grid.t)
     for epoch in epochs:
         expected = table(epoch.solver.grid)
@@ -55,7 +55,7 @@ def test_the_gradient_of_the_times_passes_through_the_theory(problem):
     moved = []
     for theory in (None, dpm_solver_pp):
         solver, setup, teacher = problem(dpm_solver_pp, n_train=20, n_train_alt=20, epochs=1)
-        moved.append(list(learn_times(solver, setup, teacher, theory=theory))[-1].solver.grid.t)
+        moved.append(list(learn_times(solver, setup, teacher, scheme=theory))[-1].solver.grid.t)
     assert (moved[0] - moved[1]).abs().max() > 1e-6
 
 
@@ -85,7 +85,7 @@ def test_negative_psnr_is_bounded_and_falls_with_the_error():
 @pytest.mark.parametrize("table", [ipndm, dpm_solver_pp, unipc])
 def test_the_generalised_solver_begins_at_its_theory_and_improves(problem, table):
     solver, setup, teacher = problem(table, rounds=4)
-    epochs = list(learn_generalised(solver, setup, teacher, theory=table))
+    epochs = list(learn_generalised(solver, setup, teacher, scheme=table))
     start = error(solver, setup)
     assert error(epochs[0].solver, setup) == pytest.approx(start, rel=1e-9)
     learned = epochs[-1].best.coefficients
@@ -97,9 +97,9 @@ def test_the_generalised_solver_begins_at_its_theory_and_improves(problem, table
 def test_the_generalised_solver_adds_what_it_learned_to_the_current_theory(problem):
     # With a rate of (almost) zero for the corrections, the tables follow the moving times.
     solver, setup, teacher = problem(dpm_solver_pp, lr_phi=1e-12)
-    last = list(learn_generalised(solver, setup, teacher, theory=dpm_solver_pp))[-1].solver
+    last = list(learn_generalised(solver, setup, teacher, scheme=dpm_solver_pp))[-1].solver
     assert not torch.equal(last.grid.t, solver.grid.t)
-    expected = dpm_solver_pp(last.grid).widen(4, states=4)
+    expected = dpm_solver_pp(last.grid).pad(4, states=4)
     torch.testing.assert_close(last.coefficients.b, expected.b, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(last.coefficients.a, expected.a, rtol=1e-8, atol=1e-8)
 
@@ -112,7 +112,7 @@ def test_settings_given_by_name_still_win(problem):
 
 def test_coefficients_of_x_are_learned_where_a_table_has_them(problem):
     solver, setup, teacher = problem()
-    wide = Solver(solver.coefficients.widen(3, states=1), solver.grid)
+    wide = Solver(solver.coefficients.pad(3, states=1), solver.grid)
     learned = list(learn_coefficients(wide, setup, teacher))[-1].solver.coefficients
     assert (learned.a != 1).all()
 
@@ -143,5 +143,5 @@ def test_experiments_switch_coefficients_of_x_and_consistency_on_by_name(tmp_pat
 
 def test_joint_learning_takes_a_theory_too(problem):
     solver, setup, teacher = problem(dpm_solver_pp)
-    epochs = list(learn_jointly(solver, setup, teacher, theory=dpm_solver_pp))
+    epochs = list(learn_jointly(solver, setup, teacher, scheme=dpm_solver_pp))
     assert error(epochs[-1].best, setup) < error(solver, setup)

@@ -8,13 +8,13 @@ import torch
 import s4s_core as s4s
 from s4s_core import (
     EDM,
+    CallCounter,
     SingleStepCoefficients,
     Solver,
     TimeGrid,
     VPDiscrete,
     VPLinear,
     consistent,
-    count_calls,
     count_parameters,
     dpm_solver,
     learn_alternating,
@@ -94,7 +94,7 @@ def test_the_unrolled_table_is_the_method(toy, noise, schedule, k, prediction):
 def test_a_stage_is_one_call(toy, noise):
     for order in (2, 3):
         grid = time_logsnr(EDM(), 4)
-        denoiser = count_calls(toy(EDM()))
+        denoiser = CallCounter(toy(EDM()))
         solver = Solver(dpm_solver(grid, order), grid)
         solver.sample(denoiser, 80 * noise(0, 2, 3))
         assert denoiser.calls == solver.nfe == 4 * order

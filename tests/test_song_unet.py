@@ -8,8 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from s4s_core import UsageError
-from s4s_core.networks import EDMDenoiser, EDMPrecond, SongUNet, load_network, save_network
-from s4s_core.networks.song_unet import Block, FourierEmbedding, PositionalEmbedding, Resample
+from s4s_core.models.networks import EDMPrecond, SmallDenoiser, SongUNet, load_network, save_network
+from s4s_core.models.networks.song_unet import (
+    Block,
+    FourierEmbedding,
+    PositionalEmbedding,
+    Resample,
+)
 
 SMALL = dict(
     img_resolution=8, img_channels=3, model_type="SongUNet", model_channels=8, channel_mult=[1, 2],
@@ -58,7 +63,7 @@ def question(net):
 
 @pytest.fixture
 def net():
-    return filled(EDMDenoiser(**SMALL, label_dim=3, augment_dim=9))
+    return filled(EDMPrecond(**SMALL, label_dim=3, augment_dim=9))
 
 
 # ---- the network of the checkpoints
@@ -66,7 +71,7 @@ def net():
 
 @pytest.mark.parametrize("config, expected", RECORDED)
 def test_answers_are_those_of_the_original(config, expected):
-    net = filled(EDMDenoiser(**SMALL | config))
+    net = filled(EDMPrecond(**SMALL | config))
     answer = net(*question(net)).flatten()[::100][:4]
     assert torch.allclose(answer, torch.tensor(expected), rtol=0, atol=5e-6)
 
@@ -74,7 +79,7 @@ def test_answers_are_those_of_the_original(config, expected):
 def test_names_and_shapes_are_those_of_the_checkpoints():
     """The unconditional DDPM++ for CIFAR-10: counted, and a few of its names."""
     with torch.device("meta"):
-        net = EDMDenoiser(
+        net = EDMPrecond(
             32, 3, model_type="SongUNet", model_channels=128, channel_mult=[2, 2, 2], augment_dim=9
         )
     shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
@@ -93,7 +98,7 @@ def test_names_and_shapes_are_those_of_the_checkpoints():
 
 def test_the_auxiliary_branches_have_the_names_of_the_checkpoints():
     def names(**config):
-        return {name.rpartition(".")[0] for name in EDMDenoiser(**SMALL | config).state_dict()}
+        return {name.rpartition(".")[0] for name in EDMPrecond(**SMALL | config).state_dict()}
 
     assert "model.enc.4x4_aux_residual" in names(**NCSNPP) and "model.map_noise" in names(**NCSNPP)
     both = names(encoder_type="skip", decoder_type="skip")
@@ -105,7 +110,7 @@ def test_scalings_are_those_of_the_small_network(net):
     """Both networks stand behind one preconditioning: F = 0 leaves D = c_skip x."""
     for name in ("weight", "bias"):
         net.model.dec["8x8_aux_conv"].get_parameter(name).zero_()
-    small = EDMPrecond(0.5, in_channels=3, widths=(8,), embedding=16)
+    small = SmallDenoiser(0.5, in_channels=3, widths=(8,), embedding=16)
     x = question(net)[0].double()
     for sigma in (0.002, 1.0, 80.0):
         assert torch.equal(net(x, sigma), small(x, sigma))
@@ -150,7 +155,7 @@ def test_the_answer_has_the_dtype_of_the_question(net):
 def test_half_precision_needs_a_gpu_and_rounds_only_the_images(net):
     """On a CPU `use_fp16` changes nothing; the U-Net itself takes float16 with float32 weights."""
     x, sigma, labels, augment = question(net)
-    half = filled(EDMDenoiser(**net.config | {"use_fp16": True}))
+    half = filled(EDMPrecond(**net.config | {"use_fp16": True}))
     assert torch.equal(half(x, sigma), net(x, sigma))
     c_noise = sigma.log() / 4
     expected = net.model(x / 3, c_noise, labels, augment)
@@ -166,7 +171,7 @@ def test_other_resolutions_pass(net, shape):
 
 
 def test_gradients_reach_image_and_sigma():
-    net = filled(EDMDenoiser(**SMALL | NCSNPP | {"img_resolution": 4})).double()
+    net = filled(EDMPrecond(**SMALL | NCSNPP | {"img_resolution": 4})).double()
     x = question(net)[0].double().requires_grad_()
     sigma = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(net, (x, sigma), fast_mode=True)
@@ -174,7 +179,7 @@ def test_gradients_reach_image_and_sigma():
 
 def test_class_labels_are_dropped_in_training_only():
     config = SMALL | dict(label_dim=3, label_dropout=1.0, dropout=0.0)
-    net = filled(EDMDenoiser(**config))
+    net = filled(EDMPrecond(**config))
     x, sigma, labels, _ = question(net)
     assert not torch.equal(net(x, sigma, labels), net(x, sigma))
     assert torch.equal(net.train()(x, sigma, labels), net.eval()(x, sigma))
@@ -223,13 +228,13 @@ def test_embeddings_are_sines_before_cosines():
 
 
 def test_a_network_is_rebuilt_from_its_config(net):
-    twin = filled(EDMDenoiser(**json.loads(json.dumps(net.config))))
+    twin = filled(EDMPrecond(**json.loads(json.dumps(net.config))))
     assert torch.equal(twin(*question(net)), net(*question(net)))
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 0), (torch.float16, 1e-3)])
 def test_a_saved_network_comes_back(tmp_path, dtype, error):
-    net = filled(EDMDenoiser(**SMALL | NCSNPP, use_fp16=True, sigma_max=80))
+    net = filled(EDMPrecond(**SMALL | NCSNPP, use_fp16=True, sigma_max=80))
     save_network(tmp_path / "net.safetensors", net, dtype)
     loaded = load_network(tmp_path / "net.safetensors")
     assert loaded.config == net.config and not loaded.training
@@ -256,7 +261,7 @@ def test_a_saved_network_comes_back(tmp_path, dtype, error):
 )
 def test_impossible_networks_are_told_in_one_sentence(one_sentence, change, words):
     with one_sentence(*words):
-        EDMDenoiser(**SMALL | change)
+        EDMPrecond(**SMALL | change)
 
 
 def test_the_bare_network_is_public():

@@ -21,30 +21,28 @@ PARAMS = sorted((ROOT / "params").glob("*.yaml"))
 AT_LEAST_NOTEBOOKS = 23
 SKIPS = 3
 
-# The reading order: each file may import those above it, except where LIMITS says less.
-ORDER = [
-    *["base", "schedule", "grid", "solver", "teacher", "model", "objective", "learn", "density"],
-    *["check", "grid_search", "dpm_solver_v3", "networks", "download", "evaluate", "zoo"],
-    *["pipelines", "experiment", "__init__"],
-    *["plot", "interactive"],
-]
-LIMITS = {
-    "model": {"base", "schedule"},
-    "density": {"base", "schedule", "grid", "solver"},
-    "check": {"base", "schedule", "grid", "solver"},
-    "pipelines": {"base", "schedule", "model", "check", "objective", "zoo"},
-    "grid_search": {"base", "schedule", "grid", "solver"},
-    "dpm_solver_v3": {"base", "grid", "solver"},
-    "networks": {"base"},
-    "download": {"base"},
-    "evaluate": {"base", "schedule", "grid", "solver", "download"},
-    "plot": set(),
-    "interactive": {"base", "grid", "solver", "teacher", "plot"},
+# The reading order: a file of the top level imports those above it, and no folder.
+METHOD = ["errors", "schedule", "grid", "denoiser", "solver", "published", "objective", "evaluate"]
+METHOD += ["params", "setup", "teacher", "learn"]
+# A folder imports the top level, and the folders above it that are named here; inside it, too, a
+# file imports only those above it.
+FOLDERS = {
+    "models": (
+        ["networks", "download", "mixture", "inception", "check", "zoo", "diffusers_pipeline"],
+        [],
+    ),
+    "baselines": (["grid_search", "dpm_solver_v3", "learned"], []),
+    "experiments": (["cache", "experiment", "run", "tables", "plot"], ["models", "baselines"]),
+    "lessons": (["density", "exact", "interactive"], ["experiments"]),
 }
-ALWAYS = {"torch", "numpy", "safetensors", "yaml", "tqdm", "sklearn", "matplotlib"}
+NETWORKS = ["unet", "song_unet", "classifier", "data", "io", "checkpoint", "pickles", "latent"]
+NETWORKS += ["training", "__init__"]
+# The package's public names, its command, and the command's former name see everything.
+ENTRANCES = ["__init__", "__main__", "experiment"]
+ALWAYS = {"torch", "numpy", "safetensors", "yaml", "tqdm", "sklearn", "matplotlib", "pandas"}
 WHERE_USED = ALWAYS | {"torchvision", "lpips", "torch_fidelity", "diffusers", "scipy"}
 WHERE_USED |= {"transformers"}
-WHERE_USED |= {"PIL", "filelock"}  # matplotlib and torch bring them
+WHERE_USED |= {"PIL", "filelock", "joblib"}  # matplotlib, torch and scikit-learn bring them
 JUPYTER = {"IPython", "ipywidgets"}  # in this one module alone
 
 
@@ -70,17 +68,79 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 CORE_FILES = sorted(CORE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", CORE_FILES, ids=lambda p: str(p.relative_to(CORE)))
+every_file = pytest.mark.parametrize("path", CORE_FILES, ids=lambda p: str(p.relative_to(CORE)))
+
+
+def allowed_imports(place: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """The modules (as paths inside s4s_core) that the file at `place` may import."""
+    top, *rest = place
+    if not rest:
+        return {(name,) for name in METHOD[: METHOD.index(top)]}
+    own, others = FOLDERS[top]
+    allowed = {(name,) for name in METHOD}
+    allowed |= {(folder, name) for folder in others for name in FOLDERS[folder][0]}
+    allowed |= {(folder,) for folder in others} | {("__version__",)}
+    if rest[0] == "__init__":
+        return allowed
+    allowed |= {(top, name) for name in own[: own.index(rest[0])]}
+    if rest[0] == "networks":
+        allowed |= {(*place[:2], name) for name in NETWORKS[: NETWORKS.index(rest[1])]}
+    return allowed
+
+
+@every_file
 def test_imports_run_in_reading_order(path):
-    module = path.relative_to(CORE).parts[0].removesuffix(".py")
-    assert module in ORDER, f"{module} has no place in the reading order"
-    allowed = {module, "__version__", *LIMITS.get(module, ORDER[: ORDER.index(module)])}
+    place = path.relative_to(CORE).with_suffix("").parts
+    if place[0] in ENTRANCES:
+        return
+    allowed = allowed_imports(place)
     for name, _ in imports(path):
         if name.startswith("s4s_core"):
-            assert name.split(".")[1] in allowed, f"{module} imports {name}"
+            parts = tuple(name.split(".")[1:])
+            depth = 3 if parts[:2] == ("models", "networks") and place[:2] == parts[:2] else 2
+            found = parts[: depth if parts[0] in FOLDERS else 1]
+            assert found in allowed, f"{'.'.join(place)} imports {name}"
 
 
-@pytest.mark.parametrize("path", CORE_FILES, ids=lambda p: str(p.relative_to(CORE)))
+def test_every_file_has_a_place_in_the_reading_order():
+    files = {path.stem for path in CORE.glob("*.py")}
+    assert files == {*METHOD, *ENTRANCES}
+    for folder, (names, _) in FOLDERS.items():
+        found = {path.stem for path in (CORE / folder).glob("*.py")} - {"__init__"}
+        assert found == {*names} - {"networks"}
+    assert {path.stem for path in (CORE / "models" / "networks").glob("*.py")} == {*NETWORKS}
+
+
+@every_file
+def test_no_file_imports_a_private_name_of_another(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("s4s_core")):
+            private = [a.name for a in node.names if re.match("_(?!_)", a.name)]
+            assert not private, f"{ast.unparse(node)}"
+
+
+def public_functions(body: list, prefix: str = ""):
+    """(dotted name, node) of the public functions and methods in a module or class body."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+
+
+@every_file
+def test_every_public_argument_and_answer_is_typed(path):
+    for name, node in public_functions(ast.parse(path.read_text("utf-8")).body):
+        if any("overload" in ast.unparse(d) for d in node.decorator_list) or name == "choose":
+            continue  # its overloads are typed
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        arguments += [a for a in (node.args.vararg, node.args.kwarg) if a]
+        untyped = [a.arg for a in arguments if not a.annotation and a.arg not in ("self", "cls")]
+        assert not untyped, f"{name}: {untyped}"
+        assert node.returns, f"{name} does not say what it returns"
+
+
+@every_file
 def test_dependencies_are_declared_and_extras_are_imported_where_used(path):
     for name, at_top in imports(path):
         package = name.split(".")[0]
@@ -93,7 +153,7 @@ def test_dependencies_are_declared_and_extras_are_imported_where_used(path):
 
 def test_networks_know_torch_only():
     known = {"torch", "safetensors", "tqdm", "s4s_core"}
-    for path in sorted((CORE / "networks").glob("*.py")):
+    for path in sorted((CORE / "models" / "networks").glob("*.py")):
         for name, at_top in imports(path):
             package = name.split(".")[0]
             allowed = known if at_top else known | {"sklearn", "diffusers", "transformers"}
@@ -102,7 +162,7 @@ def test_networks_know_torch_only():
 
 def test_importing_the_package_is_light():
     heavy = "scipy torchvision lpips torch_fidelity diffusers transformers".split()
-    heavy += "sklearn matplotlib papermill IPython ipywidgets".split()
+    heavy += "sklearn matplotlib pandas joblib papermill IPython ipywidgets".split()
     loaded = f"import sys, s4s_core; print(sorted(set({heavy}) & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True
@@ -225,11 +285,11 @@ def test_there_are_params():
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: path.stem)
 def test_params_are_numbers_known_and_explained(path):
-    from s4s_core.zoo import Params
+    from s4s_core.params import Params
 
     text = path.read_text("utf-8")
     params = yaml.safe_load(text)
-    assert set(params) <= {field.name for field in fields(Params)}
+    assert set(params) <= {field.name for field in fields(Params)} | {"preset", "presets"}
     for string in strings(params):
         # YAML 1.1 reads 1e-4 as a string; 1.0e-4 is a number.
         assert not re.fullmatch(r"[-+]?[\d.][\d._]*([eE][-+]?\d+)?", string), f"{string!r} is text"

@@ -29,7 +29,7 @@ from s4s_core import (
     time_logsnr,
 )
 from s4s_core.learn import learn_coefficients
-from s4s_core.zoo import Params
+from s4s_core.params import Params
 
 BATCH, SHAPE, NFE = 64, (3, 32, 32), 5
 
@@ -109,7 +109,7 @@ def with_statistics(grid, order):
 
 FAMILIES = {
     **SOLVERS,
-    "generalised": lambda grid, order: ipndm(grid, order).widen(grid.nfe, states=grid.nfe),
+    "generalised": lambda grid, order: ipndm(grid, order).pad(grid.nfe, states=grid.nfe),
     "dpm_solver_v3": with_statistics,
 }
 

@@ -1,0 +1,126 @@
+"""The command `s4s`, or `python -m s4s_core`: run an experiment, fetch files, list names."""
+
+import argparse
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import yaml
+
+from .errors import UsageError
+from .experiments.experiment import DPM_SOLVER_V3, GRID_NAMES, LEARN, Experiment
+from .experiments.run import run
+from .learn import LearningDivergedError
+from .models.zoo import fetch_files
+from .params import FULL, Params, datasets, load_params, settings_for
+from .published import SOLVERS
+
+_HELP = {
+    "dataset": "a file in params/",
+    "grid": ", ".join(GRID_NAMES),
+    "solver": f"{', '.join(SOLVERS)} or {DPM_SOLVER_V3}",
+    "order": "evaluations a step may use",
+    "nfe": "network calls a sample",
+    "learn": ", ".join(LEARN),
+    "seed": "of the teacher set and of the batches",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a slip ends it with one sentence and status 1."""
+    parser = argparse.ArgumentParser(
+        prog="s4s", description="Learn fast solvers of diffusion ODEs."
+    )
+    commands = parser.add_subparsers(required=True, metavar="run | fetch | list")
+
+    runs = commands.add_parser(
+        "run", help="learn a solver, measure it, write it to a JSON file",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    for f in fields(Experiment):
+        if f.name != "settings":
+            runs.add_argument(f"--{f.name}", type=f.type, default=f.default, help=_HELP[f.name])
+    runs.add_argument("--preset", default=FULL, help="named settings of params/<dataset>.yaml")
+    runs.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a setting, e.g. --set epochs=3; s4s list settings names them",
+    )
+    runs.add_argument("--out", metavar="FILE", help="the solver file; without, in results/")
+    runs.set_defaults(command=_run)
+
+    fetch = commands.add_parser("fetch", help="download all files that a dataset needs")
+    fetch.add_argument("dataset", help=", ".join(datasets()))
+    fetch.set_defaults(command=_fetch)
+
+    names = commands.add_parser("list", help="list names that the other commands take")
+    names.add_argument("what", choices=_LISTS, help="what to list")
+    names.set_defaults(command=_list)
+
+    given = vars(parser.parse_args(arguments))
+    try:
+        given.pop("command")(**given)
+    except (UsageError, LearningDivergedError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(preset: str, out: str | None, **given) -> None:
+    own = {given["dataset"]: dict(_setting(text) for text in given.pop("set"))}
+    experiment = Experiment(**given, settings=settings_for(given["dataset"], own, preset))
+    path = Path(out) if out else experiment.path().with_suffix(".solver.json")
+    if path.is_dir():
+        raise UsageError(f"--out takes a file, not the folder {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = run(experiment)
+    result.solver.save(path)
+    seeds = f"{result.n_samples} samples, seeds 0-{result.n_samples - 1}"
+    print(f"Fréchet distance ({result.features}; {seeds})  {result.frechet:.4f}")
+    print(f"distance to the teacher (root mean square)  {result.distance_to_teacher:.4f}")
+    print(f"seconds of learning  {result.seconds:.1f}")
+    print(f"solver  {path}")
+
+
+def _setting(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    try:
+        if equals and value:
+            return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise UsageError(f"--set takes KEY=VALUE with a YAML value, not {text!r}")
+
+
+def _fetch(dataset: str) -> None:
+    for path in fetch_files(dataset):
+        print(path)
+
+
+def _list(what: str) -> None:
+    print("\n".join(_LISTS[what]()))
+
+
+def _settings() -> list[str]:
+    """One line each: name, type, default and what it is."""
+    lines = []
+    for f in fields(Params):
+        kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
+        choices = ", ".join(f.metadata["choices"])
+        default = "required" if f.default is MISSING else f.default
+        about = f.metadata["about"] + (f": {choices}" if choices else "")
+        lines.append(f"{f.name:18} {kind:16} {default!s:10} {about}")
+    return lines
+
+
+_LISTS = {
+    "datasets": lambda: [f"{name:14} {load_params(name).shape}" for name in datasets()],
+    "solvers": lambda: [*SOLVERS, DPM_SOLVER_V3],
+    "grids": lambda: GRID_NAMES,
+    "learners": lambda: list(LEARN),
+    "settings": _settings,
+}
+
+
+if __name__ == "__main__":
+    main()

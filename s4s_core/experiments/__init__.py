@@ -1,0 +1,1 @@
+"""Runs, their results, and the tables and pictures made of them."""

@@ -1,0 +1,388 @@
+"""The pictures that the notebooks share; each function draws on `ax`, or a new one, and returns it.
+
+Colours are those of Okabe and Ito, told apart by colour-blind readers; markers and line styles
+repeat what the colour says, so that a picture also reads in grey.
+"""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from ..grid import TimeGrid
+    from ..learn import Epoch
+    from ..solver import Coefficients
+    from .tables import Rows
+
+    Path2D = tuple[TimeGrid, Any]  # a grid, and x (N+1, B, 2) at its times
+
+INK, PALE = "#333333", "#d9d9d9"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+TINTS = ("#ececec", "#cfcfcf", "#b2b2b2")
+MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
+STYLE: Any = {
+    "figure.dpi": 80,
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.edgecolor": INK,
+    "legend.frameon": False,
+}
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """`ax`, or new axes of `size` inches, without the frame on the side where nothing is read."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=size)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _numpy(x: Any) -> np.ndarray:
+    """A tensor on any device, with or without gradient, or anything that numpy takes."""
+    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=float)
+
+
+def _records(rows: "Rows") -> list[dict[str, Any]]:
+    """The rows of a frame, or any other rows, as dictionaries."""
+    found: Any = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
+    return [dict(row) for row in found]
+
+
+@mpl.rc_context(STYLE)
+def plot_grid(grids: "Mapping[str, TimeGrid]", ax: Axes | None = None, x: str = "lam") -> Axes:
+    """Draw where the steps fall: one row for each named grid, noise on the left, data on the right.
+
+    grids  name -> TimeGrid, or any object whose `x` is a tensor (N+1,)
+    x      "lam", or "s" on a logarithmic axis
+    Where the network is told other times than those of the steps (`t_model`), circles below the
+    row show them.
+    """
+    ax = _axes(ax, (6.5, 0.8 + 0.4 * len(grids)))
+    for row, ((_, grid), color) in enumerate(zip(grids.items(), cycle(COLORS))):
+        points = _numpy(getattr(grid, x))
+        ax.plot(points, np.full(len(points), row), "-", color=PALE, lw=1.5, zorder=1)
+        ax.plot(points, np.full(len(points), row), "|", color=color, ms=15, mew=2.2)
+        t_model = getattr(grid, "t_model", None)
+        if t_model is not None and not np.array_equal(_numpy(t_model), _numpy(grid.t)):
+            told = _numpy(getattr(grid.schedule, x)(t_model))[:-1]  # no call at the last time
+            ax.plot(told, np.full(len(told), row + 0.32), "o", color=color, mfc="w", ms=5)
+    ax.set_yticks(range(len(grids)), grids)
+    ax.set_ylim(len(grids) - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    if x == "s":
+        ax.set_xscale("log")
+        ax.invert_xaxis()
+    noise_level = r"$\lambda = \ln(\alpha/\sigma)$" if x == "lam" else r"$s = \sigma/\alpha$"
+    ax.set_xlabel(f"noise   ←   {noise_level}   →   data")
+    return ax
+
+
+def _in_view(path: "Path2D") -> np.ndarray:
+    """x / sqrt(alpha^2 + sigma^2), whose size no noise level changes: (2, N+1, B)."""
+    grid, x = path
+    scale = np.hypot(_numpy(grid.schedule.alpha(grid.t)), _numpy(grid.schedule.sigma(grid.t)))
+    return np.moveaxis(_numpy(x) / scale[:, None, None], -1, 0)
+
+
+@mpl.rc_context(STYLE)
+def plot_trajectories(
+    paths: "Mapping[str, Path2D]",
+    exact: "Path2D | None" = None,
+    data: Any = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw samples on their way from noise to data, in the plane, with a marker at each step.
+
+    paths  name -> (grid, x), x (N+1, B, 2) at the times of the grid
+    exact  (grid, x) of the exact flow on a fine grid: grey lines under them, a cross at each end
+    data   (n, 2) points of the data, a pale cloud under all
+    Drawn is x / sqrt(alpha^2 + sigma^2), which neither grows with the noise nor knows of the
+    schedule: standard normal at first, the data at last. The view is that of `exact` if given.
+    """
+    ax = _axes(ax, (6.2, 4.6))
+    if data is not None:
+        ax.plot(*_numpy(data).T, ".", color=PALE, ms=3, mew=0, zorder=0)
+    if exact is not None:
+        x = _in_view(exact)
+        ax.plot(*x, color="#8c8c8c", lw=0.9, zorder=1)
+        ax.plot(*x[:, -1], "x", color=INK, ms=6, mew=1.4, zorder=3)
+        ax.plot([], [], "-x", color="#8c8c8c", mec=INK, lw=0.9, ms=6, label="exact")
+        reach = 1.08 * np.abs(x).max()
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
+    for n, (name, path) in enumerate(paths.items()):
+        x, color, marker = _in_view(path), COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]
+        look: dict[str, Any] = {"color": color, "marker": marker, "ls": LINES[n % len(LINES)]}
+        ax.plot(*x, **look, lw=1.1, ms=3, zorder=2)
+        ax.plot(*x[:, -1], color=color, marker=marker, ls="", ms=6, zorder=2)
+        ax.plot([], [], **look, lw=1.1, ms=4, label=name)
+    ax.set_aspect("equal")
+    ax.locator_params(nbins=5)
+    ax.set_xlabel(r"first coordinate of $x / \sqrt{\alpha^2 + \sigma^2}$")
+    ax.set_ylabel("second coordinate")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def path_rows(paths: "Mapping[str, Path2D]") -> list[dict[str, Any]]:
+    """Return one flat record for each point that `plot_trajectories` draws, for `save`."""
+    return [
+        {"path": name, "sample": b, "step": i, "t": t, "x": x.item(), "y": y.item()}
+        for name, path in paths.items()
+        for i, (t, points) in enumerate(
+            zip(path[0].t.tolist(), _in_view(path).swapaxes(0, 1), strict=True)
+        )
+        for b, (x, y) in enumerate(points.T)
+    ]
+
+
+@mpl.rc_context(STYLE)
+def plot_coefficients(
+    coefficients: "Coefficients | Mapping[str, Coefficients]", ax: Axes | None = None
+) -> Axes:
+    """Draw the tables b: a row for each step, the newest evaluation first, blank where is none.
+
+    coefficients  Coefficients, or name -> Coefficients to set several side by side; only `.b`,
+                  a tensor (N, k), is read. Tables of at most 60 numbers have them written in.
+    """
+    tables: Any = coefficients if isinstance(coefficients, dict) else {"": coefficients}
+    blocks = {}
+    for name, table in tables.items():
+        b = _numpy(table.b)
+        step, back = np.indices(b.shape)
+        blocks[name] = np.where(back <= step, b, np.nan)
+    height = max(len(b) for b in blocks.values())
+    limit = max(np.nanmax(np.abs(b)) for b in blocks.values())
+    width = sum(b.shape[1] for b in blocks.values()) + 0.6 * (len(blocks) - 1)
+    ax = _axes(ax, (1.8 + 0.62 * width, 1.3 + 0.36 * height))
+    ax.spines[:].set_visible(False)
+    left, ticks, labels = 0.0, [], []
+    for name, b in blocks.items():
+        n, k = b.shape
+        image = ax.imshow(b, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto",
+                          extent=(left, left + k, n + 0.5, 0.5))  # fmt: skip
+        for (i, j), value in np.ndenumerate(b):
+            if np.isfinite(value) and b.size <= 60:
+                ink = "white" if abs(value) > 0.6 * limit else INK
+                number = f"{value:.2f}".replace("-", "−")
+                ax.text(left + j + 0.5, i + 1, number, color=ink, size=9, ha="center", va="center")
+        ax.text(left + k / 2, 0.3, name, ha="center", va="bottom")
+        ticks += [left + j + 0.5 for j in range(k)]
+        labels += ["newest" if j == 0 else f"−{j}" for j in range(k)]
+        left += k + 0.6
+    ax.set(xlim=(0, left - 0.6), ylim=(height + 0.5, 0.5), ylabel="step")
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(range(1, height + 1))
+    ax.tick_params(length=0)
+    ax.set_xlabel("network evaluation")
+    ax.figure.colorbar(image, ax=ax, label="coefficient", shrink=0.9)
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_metric(
+    rows: "Rows",
+    x: str = "nfe",
+    y: str = "frechet",
+    by: str | Sequence[str] = "solver",
+    ax: Axes | None = None,
+    ylabel: str | None = None,
+    log: bool = True,
+    line: str | None = None,
+    log_x: bool = False,
+) -> Axes:
+    """Draw curves of the mean of `y` over rows that agree in `by` and `x`; the band is min to max.
+
+    rows  a row for each run; seeds are what differs within a group
+    by    column, or several, that tell the curves apart by colour and marker
+    line  a further key that tells them apart by the style of the line; by default as `by`
+    log, log_x  logarithmic axes; that of x has room for 0
+    Raises KeyError where a row lacks `x`, `y` or a key of `by` or `line`.
+    """
+    ax, rows = _axes(ax, (5.5, 3.6)), _records(rows)
+    keys = (by,) if isinstance(by, str) else tuple(by)
+    curves: dict[tuple[str, Any], dict[Any, list[float]]] = {}
+    for row in rows:
+        name = ", ".join(str(row[key]) for key in keys)
+        points = curves.setdefault((name, row[line] if line else ""), {})
+        points.setdefault(row[x], []).append(float(row[y]))
+    looks = list(dict.fromkeys(name for name, _ in curves))
+    styles = list(dict.fromkeys(style for _, style in curves))
+    for (name, style), points in curves.items():
+        at, n = sorted(points), looks.index(name)
+        color, dashes = COLORS[n % len(COLORS)], styles.index(style) if line else n
+        ax.fill_between(at, [min(points[p]) for p in at], [max(points[p]) for p in at],
+                        color=color, alpha=0.18, lw=0)  # fmt: skip
+        ax.plot(at, [np.mean(points[p]) for p in at], color=color,
+                label=f"{name}, {style}" if line else name, marker=MARKERS[n % len(MARKERS)],
+                ls=LINES[dashes % len(LINES)], ms=5.5)  # fmt: skip
+    if log:
+        ax.set_yscale("log")
+    at = sorted({row[x] for row in rows})
+    if log_x and at[-1] > 0:
+        ax.set_xscale("symlog", linthresh=min(p for p in at if p > 0), linscale=0.5)
+        ax.minorticks_off()
+    ax.set_xticks(at, [f"{p:.2g}" if isinstance(p, float) else str(p) for p in at])
+    ax.grid(axis="y", color=PALE, lw=0.6)
+    ax.set(xlabel=x.upper() if x == "nfe" else x, ylabel=ylabel or y)
+    ax.legend()
+    return ax
+
+
+def principal_components(rows: "Rows", of: str = "b") -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Return the first two principal components of the rows' vectors, and their shares.
+
+    rows  dictionaries, each with an array of numbers under `of`, all of one shape
+    Returns the rows with "pc1" and "pc2" in place of `of`, and two fractions of 1.
+    """
+    from sklearn.decomposition import PCA
+
+    rows, pca = _records(rows), PCA(2)
+    points = pca.fit_transform(np.stack([_numpy(row[of]).ravel() for row in rows]))
+    found = [
+        {key: value for key, value in row.items() if key != of} | {"pc1": float(u), "pc2": float(v)}
+        for row, (u, v) in zip(rows, points, strict=True)
+    ]
+    return found, pca.explained_variance_ratio_
+
+
+@mpl.rc_context(STYLE)
+def plot_pca(
+    rows: "Rows",
+    shares: Sequence[float],
+    by: str = "step",
+    line: str = "seed",
+    reference: str = "iPNDM",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw paths in the plane of `principal_components`, darker where `by` is earlier.
+
+    by    key of a row, whole numbers: where on its path a point lies
+    line  key that tells the paths apart, by marker; the row that has `reference` there is a star
+    """
+    ax, rows = _axes(ax, (5.6, 4.0)), _records(rows)
+    learned = [row for row in rows if row[line] != reference]
+    at = sorted({row[by] for row in learned})
+    colors = mpl.colors.ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.95, len(at))))
+    norm = mpl.colors.BoundaryNorm([p - 0.5 for p in at] + [at[-1] + 0.5], len(at))
+    for name, marker in zip(dict.fromkeys(row[line] for row in learned), cycle(MARKERS)):
+        path = sorted((row for row in learned if row[line] == name), key=lambda row: row[by])
+        u, v = [row["pc1"] for row in path], [row["pc2"] for row in path]
+        ax.plot(u, v, "-", color=PALE, lw=1, zorder=1)
+        points = ax.scatter(u, v, s=55, c=[row[by] for row in path], cmap=colors, norm=norm,
+                            marker=marker, ec=INK, lw=0.6, label=f"{line} {name}")  # fmt: skip
+    for row in rows:
+        if row[line] == reference:
+            ax.plot(row["pc1"], row["pc2"], "*", color=COLORS[1], ms=16, mec=INK, label=reference)
+    ax.set(
+        xlabel=f"first component ({shares[0]:.0%} of variance)",
+        ylabel=f"second component ({shares[1]:.0%})",
+    )
+    ax.locator_params(nbins=6)
+    ax.figure.colorbar(points, ax=ax, ticks=at, label=by)
+    ax.legend()
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def show_images(
+    x: Any, rows: int | None = None, ax: Axes | None = None, title: str | None = None
+) -> Axes:
+    """Draw images as one tiled picture, row by row; values outside [-1, 1] are clipped.
+
+    x     (B, C, H, W) in [-1, 1], C = 1 (grey) or 3 (red, green, blue)
+    rows  number of rows; by default the most nearly square tiling
+    """
+    x = _numpy(x)
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"images must have shape (B, 1 or 3, H, W), not {x.shape}")
+    count, channels, height, width = x.shape
+    rows = rows or max(1, int(count**0.5))
+    columns = -(-count // rows)
+    gap = max(1, width // 16)
+    tiles = np.ones((rows * columns, channels, height + gap, width + gap))
+    tiles[:count, :, :height, :width] = (x.clip(-1, 1) + 1) / 2
+    picture = tiles.reshape(rows, columns, channels, height + gap, width + gap)
+    picture = picture.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), -1, channels)
+    picture = picture[:-gap, :-gap]
+    side = min(0.9, 9 / columns)
+    ax = _axes(ax, (side * columns, side * rows + (0.3 if title else 0)))
+    ax.imshow(picture.squeeze(-1) if channels == 1 else picture, cmap="gray", vmin=0, vmax=1,
+              interpolation="nearest")  # fmt: skip
+    ax.set_axis_off()
+    ax.set_title(title or "")
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_losses(epochs: "Iterable[Epoch]", ax: Axes | None = None) -> Axes:
+    """Draw the training and validation loss of each epoch; several phases are shaded.
+
+    epochs  records with `index`, `train_loss`, `valid_loss` and `phase`, in order
+    """
+    epochs = list(epochs)
+    ax = _axes(ax, (6.0, 3.2))
+    index = [e.index for e in epochs]
+    ax.plot(index, _numpy([e.train_loss for e in epochs]), color=COLORS[0], label="training")
+    ax.plot(index, _numpy([e.valid_loss for e in epochs]), "--", color=COLORS[1],
+            label="validation")  # fmt: skip
+    _shade_phases(ax, epochs)
+    ax.set_yscale("log")
+    ax.set_ylabel("loss")
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_times(epochs: "Iterable[Epoch]", ax: Axes | None = None) -> Axes:
+    """Draw the inner times of the solver after each epoch, in lam, and of the best one at the end.
+
+    epochs  records with `index`, `phase`, `solver` and `best`, in order
+    """
+    epochs = list(epochs)
+    ax = _axes(ax, (6.0, 3.2))
+    index = [e.index for e in epochs]
+    lam = np.array([_numpy(e.solver.grid.lam)[1:-1] for e in epochs])
+    ax.plot(index, lam, color=COLORS[0], lw=1.5)
+    best = _numpy(epochs[-1].best.grid.lam)[1:-1]
+    ax.plot([index[-1]] * len(best), best, "D", color=COLORS[1], ms=5, clip_on=False, label="best")
+    _shade_phases(ax, epochs)
+    ax.set_ylabel(r"$\lambda$ of the inner times")
+    return ax
+
+
+def _shade_phases(ax: Axes, epochs: "Sequence[Epoch]") -> None:
+    """The axis of epochs; grey bars behind them where there are several phases."""
+    tints = dict(zip(dict.fromkeys(e.phase for e in epochs), cycle(TINTS)))
+    if len(tints) > 1:
+        for phase, tint in tints.items():
+            ax.bar([e.index for e in epochs if e.phase == phase], 1, 1, color=tint, zorder=0,
+                   transform=ax.get_xaxis_transform(), label=phase)  # fmt: skip
+    ax.set_xlim(epochs[0].index - 0.5, epochs[-1].index + 0.5)
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    ax.set_xlabel("epoch")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def save(figure: Figure, path: str, rows: "Rows" = ()) -> None:
+    """Write the figure to `path` (.svg or .png), and the rows it draws to a CSV beside it.
+
+    An empty path writes nothing, so that a notebook's parameter can decide. What a row lacks of
+    the others' keys is left blank.
+    """
+    if not path:
+        return
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path[-3:] == "svg" else {})
+    if records := _records(rows):
+        with open(Path(path).with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(key for row in records for key in row))
+            writer.writeheader()
+            writer.writerows(records)

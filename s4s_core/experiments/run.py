@@ -1,0 +1,324 @@
+"""One run is one record: `run` returns the `Result` of an `Experiment`, cached on disk.
+
+Results live under `results/` by the hash of the complete effective configuration: a changed
+setting is a new result, never a stale hit. Nothing else writes there.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..baselines.dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
+from ..errors import progress, write_atomically
+from ..evaluate import frechet_distance
+from ..grid import GRIDS, TimeGrid
+from ..learn import Epoch, LearningDivergedError, learn_coefficients
+from ..models import zoo
+from ..params import Params
+from ..published import SOLVERS, Table, count_steps, table_by_name
+from ..setup import Setup
+from ..solver import Coefficients, Solver
+from ..teacher import TeacherSet, make_teacher_set, sample_batches
+from .cache import cached_tensors
+from .experiment import DPM_SOLVER_V3, LEARN, SEARCHED, Experiment
+
+if TYPE_CHECKING:
+    from pandas import DataFrame  # imported where used: it takes longer than all of this package
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    frechet   Fréchet distance of `n_samples` samples, seeds 0 to n_samples - 1, to the real data,
+              with the features that `features` names
+    distance_to_teacher  root mean square difference per entry between those samples and the
+              teacher's from the same noise
+    seconds   of learning, or of measuring the statistics of DPM-Solver-v3 (0.0 without either),
+              from the pairs on
+    history   one record an epoch: losses, table and times
+    """
+
+    config: dict[str, Any]
+    solver: Solver
+    frechet: float
+    distance_to_teacher: float
+    n_samples: int
+    features: str
+    seconds: float
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Return what `run` wrote; raises ValueError, KeyError or TypeError if it is not whole."""
+        entries = json.loads(path.read_text("utf-8"))
+        return cls(**{**entries, "solver": Solver.from_dict(entries["solver"])})
+
+    def row(self) -> dict[str, Any]:
+        """Return one flat record for tables and plots."""
+        names = ("dataset", "grid", "solver", "order", "nfe", "learn", "seed")
+        metrics = ("frechet", "distance_to_teacher", "seconds", "n_samples", "features")
+        return {n: self.config[n] for n in names} | {n: getattr(self, n) for n in metrics}
+
+
+def run(experiment: Experiment) -> Result:
+    """Return the experiment's result, from the cache or computed and cached.
+
+    Interrupting leaves the best solver so far beside where the result would be, and no result.
+    """
+    path = experiment.path()
+    try:
+        return Result.read(path)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:  # e.g. edited by hand: make it again
+        print(f"{path} is not a readable result ({error}); computing it again", file=sys.stderr)
+    setup = _setup(experiment)
+    solver, seconds, history = _learned(experiment, setup, path)
+    n = setup.params.fid_samples
+    x_0 = torch.cat([x.cpu() for x in sample_batches(solver, setup, range(n))])
+    sums = setup.feature_sums(x_0.split(setup.params.sample_batch_size))
+    metrics: dict[str, Any] = {
+        "frechet": frechet_distance(sums, setup.reference),
+        "distance_to_teacher": (x_0 - _teacher_samples(setup)).square().mean().sqrt().item(),
+        "n_samples": n,
+        "features": setup.features_name,
+    }
+    config = experiment.config()
+    versions = {"s4s_core": __version__, "torch": torch.__version__, "python": _python()}
+    provenance = {"experiment": config, **metrics, "versions": versions}
+    solver = Solver(solver.coefficients, solver.grid, provenance)
+    result = Result(config, solver, seconds=seconds, history=history, **metrics)
+    entries = {f.name: getattr(result, f.name) for f in fields(Result)}
+    entries["solver"] = solver.to_dict()
+    write_atomically(path, (json.dumps(entries, indent=1) + "\n").encode())
+    return result
+
+
+def learning_seconds(experiment: Experiment) -> float:
+    """Return the seconds of all that was learned for it, with the LD3 grid that it starts from."""
+    before = run(_ld3(experiment)).seconds if experiment.grid == "ld3" else 0.0
+    return before + run(experiment).seconds
+
+
+def run_all(
+    experiments: Sequence[Experiment] | Mapping[str, Sequence[Experiment]],
+    workers: int | None = None,
+) -> "DataFrame":
+    """Return one row for each experiment, in order, as a pandas frame; with a progress bar.
+
+    experiments  a list, or name -> list: the rows then carry the name in the column "method"
+    workers      processes of one thread each for what is not cached: by default one a core that
+                 this process may use, since small batches keep no more than one thread busy, or
+                 this process alone where there is a GPU
+
+    `run` gives the solver and the history behind a row.
+    """
+    from pandas import DataFrame
+
+    named = experiments.items() if isinstance(experiments, Mapping) else [("", experiments)]
+    todo = [(name, experiment) for name, group in named for experiment in group]
+    workers = workers or (1 if torch.cuda.is_available() else usable_cores())
+    missing = [e for _, e in todo if not e.path().exists()]
+    if workers > 1 and len(missing) > 1:
+        shared = {_representative_for_grid(e).path(): e for e in missing if e.grid not in GRIDS}
+        v3 = [e for e in missing if e.solver == DPM_SOLVER_V3]  # share their model's statistics
+        once = {(e.dataset, e.seed, e.params.n_train): e for e in v3}
+        first = [*shared.values(), *once.values()]
+        _run_in_processes([(initial_solver, first), (run, missing)], workers)
+    rows = []
+    for name, experiment in progress(todo, desc="results"):
+        row = run(experiment).row()
+        rows.append(row | {"method": name} if name else row)
+    return DataFrame(rows)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, whatever the machine has."""
+    from joblib import cpu_count  # affinity, containers, and LOKY_MAX_CPU_COUNT
+
+    return min(cpu_count(), int(os.environ.get("SLURM_CPUS_PER_TASK") or 10**6))
+
+
+def _run_in_processes(
+    rounds: list[tuple[Callable[[Experiment], Any], list[Experiment]]], workers: int
+) -> None:
+    """Run the rounds in order: shared grids and statistics first, then all that uses them."""
+    context = multiprocessing.get_context("spawn")  # forked children inherit torch's locks
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
+        try:
+            with progress(total=sum(len(e) for _, e in rounds), desc="runs") as bar:
+                for job, experiments in rounds:
+                    for done in as_completed([pool.submit(job, e) for e in experiments]):
+                        done.result()
+                        bar.update()
+        except KeyboardInterrupt:  # must not wait for the runs that are under way
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
+        finally:  # after an error those under way are finished, and kept
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Use one thread, and exit when the parent dies: a killed kernel would leave workers."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only workers come here
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def initial_solver(experiment: Experiment) -> Solver:
+    """Return the solver that learning begins with: the published table on the experiment's grid."""
+    grid = _time_grid(experiment, _setup(experiment))
+    return Solver(_table(experiment, grid), grid)
+
+
+def _table(experiment: Experiment, grid: TimeGrid) -> Table:
+    """The published coefficients on a grid, with room for what the experiment learns."""
+    if experiment.solver == DPM_SOLVER_V3:
+        statistics, _ = _statistics(_setup(experiment), experiment.seed)
+        return dpm_solver_v3(grid, statistics, experiment.order)
+    params, order = experiment.params, SOLVERS[experiment.solver].highest(experiment.order)
+    table = table_by_name(experiment.solver, grid, order, params.unipc_variant, experiment.seed)
+    if not isinstance(table, Coefficients):
+        return table
+    return table.pad(experiment.order, min(params.states, grid.nfe))
+
+
+def _time_grid(experiment: Experiment, setup: Setup) -> TimeGrid:
+    """The grid by its name, a searched one cached."""
+    name = experiment.grid
+    nfe = count_steps(experiment.solver, experiment.order, experiment.nfe)
+    if name == "ld3":
+        return run(_ld3(experiment)).solver.grid
+    if name in GRIDS:
+        return GRIDS[name](setup.schedule, nfe)
+    make = lambda: {"t": SEARCHED[name](setup, nfe).t}  # noqa: E731
+    return TimeGrid(setup.schedule, cached_tensors(setup, name, {"nfe": nfe}, make)["t"])
+
+
+def _ld3(experiment: Experiment) -> Experiment:
+    """The run whose grid "ld3" is: the same solver at one order, so that orders compare."""
+    params = experiment.params
+    order = SOLVERS[experiment.solver].highest(min(params.ld3_order, experiment.nfe))
+    return experiment.variant(grid=params.ld3_start, order=order, learn="times")
+
+
+def _representative_for_grid(experiment: Experiment) -> Experiment:
+    """A stand-in with the same grid, so that a grid shared by many runs is made once."""
+    if experiment.grid == "ld3":
+        return _ld3(experiment)
+    return experiment.variant(solver="ddim", order=1, learn="none", seed=0)
+
+
+def _setup(experiment: Experiment) -> Setup:
+    """The model with the experiment's settings, one object for all experiments that share them."""
+    return _setup_with(experiment.dataset, experiment.params)
+
+
+@cache
+def _setup_with(dataset: str, params: Params) -> Setup:
+    return replace(_model(dataset, params.of_the_model()), params=params)
+
+
+@cache
+def _model(dataset: str, of_the_model: Params) -> Setup:
+    """Load a network once for all experiments that differ in what it is used for."""
+    return zoo.build(dataset, of_the_model)
+
+
+def _learned(
+    experiment: Experiment, setup: Setup, path: Path
+) -> tuple[Solver, float, list[dict[str, Any]]]:
+    """The learned solver, the seconds that took and the history."""
+    solver, learn = initial_solver(experiment), LEARN[experiment.learn]
+    if experiment.solver == DPM_SOLVER_V3:
+        return solver, _statistics(setup, experiment.seed)[1], []
+    if learn is None:
+        return solver, 0.0, []
+    teacher = _teacher_set(setup, experiment.seed, alt=learn is not learn_coefficients)
+    # The rivals whose coefficients follow the current times do so in the authors' own code.
+    follows = experiment.learn in ("times", "generalised")
+    scheme = {"scheme": partial(_table, experiment)} if follows else {}
+    history, best, began = [], solver, time.perf_counter()
+    try:
+        for epoch in learn(solver, setup, teacher, seed=experiment.seed, **scheme):
+            best = epoch.best
+            history.append(_record(epoch))
+    except (KeyboardInterrupt, LearningDivergedError):
+        best.save(path.with_name(f"{path.stem}_best_so_far.json"))
+        raise
+    return best, time.perf_counter() - began, history
+
+
+def _record(epoch: Epoch) -> dict[str, Any]:
+    names = ("index", "phase", "train_loss", "valid_loss", "accepted")
+    table = epoch.solver.to_dict()
+    tables = {n: table[n] for n in ("b", "a", "c", "t", "t_model") if n in table}
+    return {n: getattr(epoch, n) for n in names} | tables
+
+
+def _teacher_set(setup: Setup, seed: int, alt: bool) -> TeacherSet:
+    """The pairs to learn from, cached."""
+    p = setup.params
+    n_train, n_valid = (p.n_train_alt, p.n_valid_alt) if alt else (p.n_train, p.n_valid)
+
+    def make() -> dict[str, Tensor]:
+        made = make_teacher_set(setup, n_train, n_valid, seed)
+        assert made.seeds is not None
+        return {"x_T": made.x_T, "x_0": made.x_0, "seeds": made.seeds}
+
+    config = {"n_train": n_train, "n_valid": n_valid, "seed": seed}
+    return TeacherSet(**cached_tensors(setup, "teacher_set", config, make), n_train=n_train)
+
+
+def _statistics(setup: Setup, seed: int) -> tuple[ModelStatistics, float]:
+    """The model statistics at the teacher's samples and the seconds they took, cached."""
+
+    def make() -> dict[str, Tensor]:
+        teacher = _teacher_set(setup, seed, alt=False)
+        assert teacher.seeds is not None
+        seeds, began = teacher.seeds[: teacher.n_train], time.perf_counter()
+        tables = vars(model_statistics(setup, teacher.train[1], seeds=seeds))
+        return {**tables, "seconds": torch.tensor(time.perf_counter() - began)}
+
+    config = {"n_train": setup.params.n_train, "seed": seed}
+    tables = cached_tensors(setup, "model_statistics", config, make)
+    seconds = tables.pop("seconds").item()
+    return ModelStatistics(**tables), seconds
+
+
+def _teacher_samples(setup: Setup) -> Tensor:
+    """The teacher's samples from the evaluation seeds, cached."""
+
+    def make() -> dict[str, Tensor]:
+        batches = sample_batches(setup.teacher, setup, range(setup.params.fid_samples), "teacher")
+        return {"x_0": torch.cat([x.cpu() for x in batches])}
+
+    config = {"seeds": setup.params.fid_samples}
+    return cached_tensors(setup, "teacher_samples", config, make)["x_0"]
+
+
+def _python() -> str:
+    return f"{platform.python_version()} on {platform.machine()}"

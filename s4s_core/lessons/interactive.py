@@ -1,0 +1,160 @@
+"""For the lessons in JupyterLab: sliders that redraw a picture at once, and checks of exercises."""
+
+import inspect
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..experiments import plot
+from ..experiments.tables import Table
+from ..grid import TimeGrid
+from ..setup import Setup
+from ..solver import Solver
+from .exact import exact_path, sample_path
+
+
+def sliders(draw: Callable, **ranges: tuple[float, float, float]) -> None:
+    """Show the figure draw(**values), with a slider for each value; moving one redraws at once.
+
+    ranges  name -> (low, start, high)
+    Without ipywidgets, or outside a notebook, this shows the picture of the start values alone.
+    """
+    from IPython import get_ipython
+    from IPython.display import Image, display
+
+    def picture():
+        figure, content = draw(**values), io.BytesIO()
+        figure.savefig(content, format="png")
+        plt.close(figure)  # or the notebook would show it once more
+        return Image(content.getvalue())
+
+    def move(name: str, value: float):
+        values[name] = value
+        shown.update(picture())
+
+    values = {name: start for name, (_, start, _) in ranges.items()}
+    controls = _controls(ranges) if hasattr(get_ipython(), "kernel") else None
+    if controls:
+        display(controls)
+        for control in controls.children:
+            control.observe(lambda change: move(change.owner.description, change.new), "value")
+    shown = display(picture(), display_id=True)
+
+
+def _controls(ranges: dict):
+    """A column of sliders that carry the names of their values; None without ipywidgets."""
+    try:
+        from ipywidgets import FloatSlider, VBox
+    except ImportError:
+        return None
+    look = {"style": {"description_width": "8em"}, "layout": {"width": "32em"}}
+    return VBox(
+        [
+            FloatSlider(
+                start, min=low, max=high, step=(high - low) / 1000, description=name, **look
+            )
+            for name, (low, start, high) in ranges.items()
+        ]
+    )
+
+
+def explore_times(setup: Setup, solver: Solver, seeds: Sequence[int] = range(8)) -> None:
+    """Sliders for lam at the inner times of a solver in the plane, whose table stays as it is.
+
+    Times that pass each other change places; times told to the network move along.
+    """
+    grid, schedule = solver.grid, solver.grid.schedule
+    lam, offsets = grid.lam, schedule.lam(grid.t_model) - grid.lam
+
+    def moved(values: Sequence[float]) -> Solver:
+        inner = torch.tensor(values, dtype=lam.dtype).sort().values
+        inner = inner + 1e-9 * torch.arange(len(inner))  # two equal times would be no grid
+
+        def times(u: Tensor) -> Tensor:
+            return torch.cat([grid.t[:1], schedule.t_of_lam(u), grid.t[-1:]])
+
+        return replace(solver, grid=TimeGrid(schedule, times(inner), times(inner + offsets[1:-1])))
+
+    margin = 0.02 * (lam[-1] - lam[0])
+    low, high = (lam[0] + margin).item(), (lam[-1] - margin).item()
+    starts = {f"λ{i}": value for i, value in enumerate(lam.tolist())}
+    inner = list(starts.items())[1:-1]
+    _explore(setup, moved, {n: (min(low, v), v, max(high, v)) for n, v in inner}, seeds)
+
+
+def explore_coefficients(
+    setup: Setup, solver: Solver, step: int | None = None, seeds: Sequence[int] = range(8)
+) -> None:
+    """Sliders for the coefficients b of a multistep solver in the plane, of one step or of all.
+
+    step  1 to N; its newest evaluation first, as in `plot_coefficients`
+    """
+    b = solver.coefficients.b
+    if step is not None and not 1 <= step <= len(b):
+        raise UsageError(f"step must be a whole number from 1 to {len(b)}, not {step}")
+    rows = range(len(b)) if step is None else [step - 1]
+    places = [(i, j) for i in rows for j in range(min(i + 1, b.shape[1]))]
+
+    def changed(values: Sequence[float]) -> Solver:
+        table = b.clone()
+        table[tuple(zip(*places, strict=True))] = torch.tensor(values, dtype=b.dtype)
+        return replace(solver, coefficients=replace(solver.coefficients, b=table))
+
+    names = [f"step {i + 1}, {f'−{j}' if j else 'newest'}" for i, j in places]
+    starts = zip(names, [b[place].item() for place in places], strict=True)
+    _explore(setup, changed, {name: (v - 1, v, v + 1) for name, v in starts}, seeds)
+
+
+def _explore(setup: Setup, make: Callable[[Sequence[float]], Solver], ranges: dict, seeds) -> None:
+    """Sliders for the values that `make` turns into a solver, and its trajectories."""
+    exact, ax = exact_path(setup, seeds), None
+    data = setup.data()[:500] if setup.data else None
+
+    def draw(**values):
+        nonlocal ax
+        path = sample_path(setup, make(list(values.values())), seeds)
+        fresh = ax is None
+        if not fresh:
+            ax.clear()
+        ax = plot.plot_trajectories({f"{len(path[1]) - 1} calls": path}, exact, data, ax)
+        error = (path[1][-1] - exact[1][-1]).norm(dim=1).mean()
+        ax.set_title(f"mean distance to the exact end points {error:.3f}")
+        if fresh:
+            ax.figure.draw_without_rendering()
+            ax.figure.set_layout_engine("none")  # what was laid out stays, and redraws are faster
+        return ax.figure
+
+    sliders(draw, **ranges)
+
+
+def show_source(*functions) -> Table:
+    """The text of functions or classes, to be read in a notebook."""
+    text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
+    return Table(f"```python\n{text}\n```")
+
+
+def check_answer(answer, right, hint: str = "") -> None:
+    """Say whether the answer to an exercise is right; None is no answer yet.
+
+    right  the answer, of which numbers may be off by 2 %, or a function answer -> bool
+    """
+    if answer is None:
+        print("not yet: set answer, and run this cell again")
+        return
+    try:
+        agrees = right(answer) if callable(right) else _agree(answer, right)
+    except Exception as error:  # an answer of another kind is a wrong one
+        agrees, hint = False, f"{type(error).__name__}: {error}"
+    print("right" if agrees else f"not yet: that is not it{f' ({hint})' if hint else ''}")
+
+
+def _agree(answer, right) -> bool:
+    try:
+        return abs(answer - right) <= 0.02 * abs(right)
+    except TypeError:  # words, lists
+        return answer == right

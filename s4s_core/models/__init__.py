@@ -1,0 +1,1 @@
+"""Models by name, the networks behind them, and other people's models."""

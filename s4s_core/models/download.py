@@ -1,0 +1,165 @@
+"""Download files from the web: once, into one folder, verified, resumed after an interruption."""
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from ..errors import UsageError, progress, write_atomically
+
+CHUNK = 1 << 20  # bytes
+TIMEOUT = 30  # seconds without a byte
+
+
+def home() -> Path:
+    """Return the folder of downloaded files: $S4S_HOME, or s4s in the user's cache folder."""
+    if folder := os.environ.get("S4S_HOME"):
+        return Path(folder).expanduser().absolute()
+    if sys.platform == "win32":
+        caches = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        caches = Path.home() / "Library" / "Caches"
+    else:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "s4s"
+
+
+def fetch(url: str, sha256: str = "", name: str | None = None) -> Path:
+    """Download an http(s) URL to home() / name and return that path.
+
+    `name` is by default the last part of the URL. A file that is already there, downloaded or put
+    there by hand, is used without the network. With `sha256` the file is refused unless it has that
+    hash. Without it, whatever the server sends is used, and the caller should record its
+    `file_sha256`. Raises UsageError, which says where to put the file by hand, if the download
+    fails or the hash is wrong. A partial download is kept, and the next call continues it.
+    """
+    name = name or url.rpartition("/")[2].partition("?")[0]
+    if not url.startswith(("https://", "http://")) or name in ("", "..") or Path(name).name != name:
+        raise UsageError(
+            f"cannot fetch {url!r} as {name!r}: give an address that begins with https:// or "
+            "http:// and ends in a file name"
+        )
+    path = home() / name
+    if not path.is_file():
+        try:
+            _download(url, sha256, path)
+        except (OSError, HTTPException, ValueError) as error:
+            if isinstance(error, HTTPError):
+                error.close()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(
+                f"{url} could not be downloaded ({reason}): try again, or put the file there by "
+                f"hand, as {path} (sha256: {sha256 or 'not published'})"
+            ) from None
+    if sha256 and (found := file_sha256(path)) != sha256:
+        raise UsageError(
+            f"{path} is not the file of {url}: its sha256 is {found} instead of {sha256}; delete "
+            "it to have it downloaded, or put the right file in its place"
+        )
+    return path
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits.
+
+    The hash is cached in a file beside it, and made again if the file's size or modification time
+    has changed.
+    """
+    path = Path(path)
+    stat, note = path.stat(), _beside(path, "sha256")
+    state = f"{stat.st_size} {stat.st_mtime_ns} "
+    with contextlib.suppress(OSError, UnicodeError):
+        if (text := note.read_text("utf-8")).startswith(state):
+            return text.removeprefix(state)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        _copy(file, [digest.update], f"checking {path.name}", stat.st_size)
+    with contextlib.suppress(OSError):  # a folder that others fill may be read-only
+        write_atomically(note, f"{state}{digest.hexdigest()}".encode())
+    return digest.hexdigest()
+
+
+def _download(url: str, sha256: str, path: Path) -> None:
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, tag = _beside(path, "part"), _beside(path, "tag")
+    with FileLock(_beside(path, "lock")):
+        if path.is_file():  # another process was faster
+            return
+        response, start = _open(url, part, tag)
+        with response, open(part, "r+b" if start else "w+b") as file:
+            if not start:
+                tag.write_text(_version(response), "utf-8")
+            file.truncate(start)
+            digest, length = hashlib.sha256(), response.headers.get("Content-Length")
+            total = start + int(length) if length else None
+            _copy(file, [digest.update], f"continuing {path.name}", start)
+            _copy(response, [digest.update, file.write], path.name, total, start)
+            if total is not None and file.tell() != total:
+                raise OSError(f"the connection closed after {file.tell()} of {total} bytes")
+            file.flush()
+            os.fsync(file.fileno())
+        tag.unlink(missing_ok=True)
+        if sha256 and digest.hexdigest() != sha256:
+            part.unlink()
+            raise OSError(f"its sha256 is {digest.hexdigest()} instead of {sha256}")
+        os.replace(part, path)
+
+
+def _open(url: str, part: Path, tag: Path) -> tuple[HTTPResponse, int]:
+    """The response and the byte at which it begins.
+
+    It continues the partial file `part` if the server's file still has the version in `tag`, and
+    otherwise begins at 0.
+    """
+    headers = {"User-Agent": "s4s-notebooks"}
+    version = tag.read_text("utf-8") if part.exists() and tag.exists() else ""
+    # The last byte is asked for again, so that no range begins past the end.
+    if version and (start := part.stat().st_size - 1) > 0:
+        ranged = headers | {"Range": f"bytes={start}-", "If-Range": version}
+        try:
+            response = urlopen(Request(url, headers=ranged), timeout=TIMEOUT)
+        except HTTPError as error:
+            if error.code != 416:  # range not satisfiable: the file has changed
+                raise
+            error.close()
+        else:
+            if response.status != 206:
+                return response, 0
+            begins = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+            if begins and _version(response) == version:
+                return response, start
+            response.close()
+    return urlopen(Request(url, headers=headers), timeout=TIMEOUT), 0
+
+
+def _version(response: HTTPResponse) -> str:
+    """The entity tag or date that identifies the version of the server's file (RFC 9110), or ""."""
+    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+
+
+def _copy(
+    source: BinaryIO,
+    sinks: Sequence[Callable[[bytes], object]],
+    label: str,
+    total: int | None,
+    start: int = 0,
+) -> None:
+    """Read `source` to its end, pass each chunk to all `sinks`, and show a progress bar."""
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    with progress(desc=label, total=total, initial=start, **options) as bar:
+        while chunk := source.read(CHUNK):
+            for sink in sinks:
+                sink(chunk)
+            bar.update(len(chunk))
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")

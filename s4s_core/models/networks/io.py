@@ -1,0 +1,114 @@
+"""Networks on disk: safetensors files with the class name and its arguments as plain text.
+
+A file holds numbers and strings only; loading one never executes anything from it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from ...errors import UsageError, write_atomically
+from .classifier import Classifier
+from .song_unet import EDMPrecond
+from .unet import SmallDenoiser
+
+CLASSES: dict[str, type[nn.Module]] = {
+    "SmallDenoiser": SmallDenoiser,
+    "Classifier": Classifier,
+    "EDMPrecond": EDMPrecond,
+}
+
+
+def _class_name(name: str | None, config: str) -> str | None:
+    """The present name of the class `name` of a file whose arguments are `config` (JSON).
+
+    Older files call SmallDenoiser EDMPrecond, and EDMPrecond (NVIDIA's own name) EDMDenoiser. Only
+    a SmallDenoiser has the argument `widths`, so a new file that holds an EDMPrecond, such as one
+    of `convert_edm`, is not mistaken for an old one.
+    """
+    if name == "EDMPrecond" and '"widths"' in config:
+        return "SmallDenoiser"
+    return "EDMPrecond" if name == "EDMDenoiser" else name
+
+
+def save_network(
+    path: str | Path, net: nn.Module, dtype: torch.dtype = torch.float16, **metadata: Any
+) -> None:
+    """Save `net`, an instance of one of CLASSES, with its weights as `dtype`.
+
+    `metadata` is kept in the file as text. An interrupted write leaves an old file as it was.
+    Raises UsageError for any other class.
+    """
+    name = type(net).__name__
+    if CLASSES.get(name) is not type(net):
+        raise UsageError(f"cannot save a {name}; save one of: {', '.join(CLASSES)}")
+    text = {"class": name, "config": json.dumps(net.config)}
+    text |= {key: str(value) for key, value in metadata.items()}
+    # Buffers are frequencies and filters: half precision would turn the phase of a Fourier feature.
+    weights = {key for key, _ in net.named_parameters()}
+    tensors = {
+        k: v.detach().cpu().to(dtype if k in weights else v.dtype).contiguous()
+        for k, v in net.state_dict().items()
+    }
+    write_atomically(path, safetensors.torch.save(tensors, text))
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the text in a network file: "class", "config" and the metadata of `save_network`.
+
+    Raises UsageError if the file is missing or is not a complete safetensors file.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"there is no network file {path}; check the path, or train a network")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise UsageError(
+            f"{path} is not a complete safetensors file ({error}); fetch or train it again"
+        ) from None
+
+
+def load_network(path: str | Path) -> nn.Module:
+    """Load the network saved at `path`, and return it in float32, on the CPU and in eval mode.
+
+    Its weights require no gradient. Raises UsageError for a missing, damaged or foreign file.
+    """
+    metadata = read_metadata(path)
+    name = _class_name(metadata.get("class"), metadata.get("config", ""))
+    if name is None or name not in CLASSES:
+        raise UsageError(
+            f"{path} holds a network of class {name!r}, not one of: {', '.join(CLASSES)}; "
+            "use a file that save_network wrote"
+        )
+    return build(path, name, metadata.get("config", ""), safetensors.torch.load_file(path))
+
+
+def build(
+    path: str | Path, name: str, config: str, tensors: dict[str, torch.Tensor]
+) -> nn.Module:
+    """Return the network of class `name`, arguments `config` (JSON) and weights `tensors`.
+
+    It is as `load_network` returns it. Raises UsageError, which names the file `path` that they
+    come from, if they do not fit together or a weight is not finite.
+    """
+    tensors = {key: value.float() for key, value in tensors.items()}
+    try:
+        arguments = json.loads(config)
+        with torch.device("meta"):  # sizes that the tensors do not have must cost no memory
+            CLASSES[name](**arguments).load_state_dict(tensors, assign=True)
+        net = CLASSES[name](**arguments)
+        net.load_state_dict(tensors)
+    except Exception as error:  # whatever a constructor makes of wrong arguments
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"{path} does not describe a {name} ({reason}); fetch or train it again"
+        ) from None
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise UsageError(f"{path} has weights that are NaN or infinite; fetch or train it again")
+    return net.eval().requires_grad_(False)

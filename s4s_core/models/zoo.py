@@ -1,0 +1,306 @@
+"""Models by name: `load("digits")` returns a denoiser, its schedule and its settings."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..denoiser import from_denoiser, from_noise_prediction, guided, in_precision
+from ..errors import UsageError, choose
+from ..evaluate import FeatureStatistics, FeatureSums
+from ..params import PACKAGE, Params, load_params
+from ..schedule import NAMED_SCHEDULES
+from ..setup import Setup
+from .download import fetch, file_sha256, home
+from .inception import (
+    INCEPTION_SHA256,
+    INCEPTION_URL,
+    inception_features,
+    inception_weights,
+    read_reference,
+)
+from .mixture import GaussianMixture
+from .networks import (
+    Classifier,
+    LatentModel,
+    digits_data,
+    load_edm,
+    load_imagenet,
+    load_lsun,
+    load_network,
+    load_stable_diffusion,
+)
+
+WEIGHTS = PACKAGE / "weights"
+
+
+def load(dataset: str = "digits", device: str | None = None, **settings: Any) -> Setup:
+    """Return the setup of a dataset in params/, on `device` (the GPU if there is one).
+
+    `settings` replace entries of params/ by name. Raises UsageError, which lists the choices, for
+    an unknown dataset or setting.
+    """
+    return build(dataset, load_params(dataset).override(**settings), device)
+
+
+def build(dataset: str, params: Params, device: str | None = None) -> Setup:
+    """Return the setup of a dataset with these settings, on `device` (the GPU if there is one)."""
+    model = choose("dataset", dataset, _MODELS)
+    paths = model.files(dataset, params)
+    setup = model.build(dataset, paths, params, device or default_device())
+    setup = replace(setup, weights=_weights(model, paths))
+    if params.precision == "float32":
+        return setup
+    return replace(setup, denoiser=in_precision(setup.denoiser, getattr(torch, params.precision)))
+
+
+def default_device() -> str:
+    """Return "cuda" if there is a GPU, or else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_2d(dataset: str = "mixture") -> Setup:
+    """Return `load(dataset)` for lessons that draw trajectories in the plane.
+
+    Raises UsageError unless the samples have shape (2,).
+    """
+    shape = load_params(dataset).shape
+    if shape != (2,):
+        raise UsageError(
+            f"this draws samples on their way through the plane, and those of {dataset} have "
+            f"shape {tuple(shape)}: take dataset mixture"
+        )
+    return load(dataset)
+
+
+def weights(dataset: str, params: Params) -> dict[str, str]:
+    """Return file name -> sha256 of the networks behind a setup, without loading any of them."""
+    model = choose("dataset", dataset, _MODELS)
+    return _weights(model, model.files(dataset, params))
+
+
+def fetch_files(dataset: str) -> list[Path]:
+    """Download all files that a model and its evaluation need, and return their paths."""
+    params, model = load_params(dataset), choose("dataset", dataset, _MODELS)
+    paths = model.files(dataset, params)
+    if model.judged_by_inception:
+        paths += [inception_weights() or fetch(INCEPTION_URL, INCEPTION_SHA256), _reference(params)]
+    return paths
+
+
+# --- The models -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Model:
+    """How to find the files of a dataset's model, and how to build a setup from them.
+
+    files                a function (name, params) -> paths; it downloads what is missing
+    build                a function (name, paths, params, device) -> setup
+    judged_by_inception  whether its features are Inception's
+    """
+
+    files: Callable[[str, Params], list[Path]]
+    build: Callable[[str, list[Path], Params, str], Setup]
+    judged_by_inception: bool = False
+
+
+def _weights(model: _Model, paths: list[Path]) -> dict[str, str]:
+    if not model.judged_by_inception:
+        return {path.name: _sha256(path, path.stat().st_mtime_ns) for path in paths}
+    there = inception_weights()
+    inception = file_sha256(there) if there else INCEPTION_SHA256
+    return {path.name: file_sha256(path) for path in paths} | {"inception": inception}
+
+
+@lru_cache
+def _sha256(path: Path, changed: int) -> str:
+    """The sha256 of a small file, cached in memory only, because its folder may be read-only.
+
+    `changed` is the file's modification time: a new one is another entry of the cache.
+    """
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _setup(name: str, params: Params, device: str, **entries: Any) -> Setup:
+    schedule = NAMED_SCHEDULES[params.schedule]
+    entries = {"schedule": schedule, "shape": params.shape, "params": params, **entries}
+    return Setup(name=name, device=device, **entries)
+
+
+def _mixture(name: str, paths: list[Path], params: Params, device: str) -> Setup:
+    """The mixture of the lessons: eight Gaussians on a ring, unevenly weighted, on the CPU."""
+    angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
+    means = torch.stack([angle.cos(), angle.sin()], 1)
+    stds = torch.tensor([0.05, 0.1] * 4)
+    mixture = GaussianMixture(torch.arange(1.0, 9.0), means, stds, NAMED_SCHEDULES[params.schedule])
+    return _setup(
+        name,
+        params,
+        "cpu",
+        denoiser=mixture,
+        features=lambda x: x,
+        features_name="the plane itself",
+        data=lambda: mixture.sample(20_000, seed=0),
+    )
+
+
+def _bundled_files(name: str, params: Params) -> list[Path]:
+    """The denoiser, the classifier that measures its samples, and the one that learning uses.
+
+    These are two classifiers because learning must not see the one that measures.
+    """
+    files = (params.checkpoint, f"{name}_classifier.safetensors", f"{name}_perceptual.safetensors")
+    return [WEIGHTS / file for file in files]
+
+
+def _bundled(
+    data: Callable[[], Tensor | FeatureStatistics | FeatureSums],
+    name: str,
+    paths: list[Path],
+    params: Params,
+    device: str,
+) -> Setup:
+    """A small model that is bundled with the package, as are the two classifiers that judge it."""
+    network, *judges = (load_network(path).to(device) for path in paths)
+    classifier, perceptual = (cast(Classifier, judge) for judge in judges)
+    return _setup(
+        name,
+        params,
+        device,
+        denoiser=from_denoiser(network, NAMED_SCHEDULES[params.schedule]),
+        features=lambda x: classifier.features(x.float()),
+        features_name=f"{name} classifier, {classifier.head.in_features} features",
+        data=data,
+        activations=perceptual.activations,
+    )
+
+
+def _edm_files(name: str, params: Params) -> list[Path]:
+    """The model's file: its .safetensors conversion if there is one, or else the published one."""
+    published = home() / params.url.rpartition("/")[2]
+    converted = published.with_suffix(".safetensors")
+    return [converted if converted.is_file() else fetch(params.url, params.sha256)]
+
+
+def _edm(name: str, paths: list[Path], params: Params, device: str) -> Setup:
+    """A model of Karras et al. 2022, from its checkpoint or the conversion of it."""
+    (path,) = paths
+    network = load_edm(path, device)
+    network.use_fp16 = False  # params.precision decides, and is recorded with each result
+    if params.precision != "float32":
+        network.to(memory_format=torch.channels_last)  # pays in half precision only
+    channels, side = network.config["img_channels"], network.config["img_resolution"]
+    if (channels, side, side) != params.shape:
+        raise UsageError(
+            f"{path} is a model of images {(channels, side, side)}, not {params.shape} as "
+            f"{name} has them: put the right file in its place, or change shape"
+        )
+    return _setup(
+        name,
+        params,
+        device,
+        denoiser=from_denoiser(network, NAMED_SCHEDULES[params.schedule]),
+        **_judged_by_inception(params, device),
+    )
+
+
+def _latent_files(name: str, params: Params) -> list[Path]:
+    """The checkpoint (params.url) and the further files, in the order of params.files."""
+    places = [(params.url, params.sha256), *((place, "") for place in params.files)]
+    return [_file(place, f"{name}_{place.rpartition('/')[2]}", sha) for place, sha in places]
+
+
+def _latent(
+    load_model: Callable[..., LatentModel],
+    name: str,
+    paths: list[Path],
+    params: Params,
+    device: str,
+) -> Setup:
+    """A latent diffusion model, which `load_model` builds from its files."""
+    model, schedule = load_model(*paths, device), NAMED_SCHEDULES[params.schedule]
+    return _setup(
+        name,
+        params,
+        device,
+        denoiser=from_noise_prediction(guided_network(model, params.guidance), schedule),
+        condition=model.condition,
+        decode=model.decode,
+        **_judged_by_inception(params, device),
+    )
+
+
+def guided_network(model: LatentModel, scale: float) -> Callable[..., Tensor]:
+    """Return eps(x, t, condition) with classifier-free guidance against `model.null`.
+
+    For a model without `null` this is `model.network` itself.
+    """
+    null = model.null
+    if null is None:
+        return model.network
+
+    def network(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return model.network(x, t, c)
+
+    return lambda x, t, c: guided(network, {"c": c}, {"c": null}, scale)(x, t)
+
+
+def _file(place: str, name: str, sha256: str = "") -> Path:
+    """Return the path of a file given as a URL (downloaded as `name`) or as a path (relative to
+    `home()`).
+    """
+    if "://" in place:
+        return fetch(place, sha256, name)
+    path = home() / place
+    if not path.exists():
+        raise UsageError(
+            f"{path} is missing, and there is no address to have it from: put it there"
+        )
+    return path
+
+
+def _reference(params: Params) -> Path:
+    """The path of the real images' statistics, or of the folder of images."""
+    return _file(params.fid_reference, params.fid_reference.rpartition("/")[2])
+
+
+def _judged_by_inception(params: Params, device: str) -> dict[str, Any]:
+    """The entries of a Setup that is measured by the FID; files are read at the first use."""
+
+    @cache
+    def network() -> Callable[[Tensor], Tensor]:
+        return inception_features(device=device, offset=params.fid_offset)
+
+    there = inception_weights()
+    official = there is None or file_sha256(there) == INCEPTION_SHA256
+    return {
+        "features": lambda x: network()(x),
+        "features_name": "Inception, FID" if official else "Inception of other weights, not FID",
+        "data": lambda: read_reference(_reference(params), network()),
+    }
+
+
+_LATENT_MODELS: dict[str, Callable[..., LatentModel]] = {
+    "lsun_bedroom": load_lsun,
+    "imagenet": load_imagenet,
+    "ms_coco": load_stable_diffusion,
+}
+_MODELS: dict[str, _Model] = {
+    "mixture": _Model(lambda name, params: [], _mixture),
+    "digits": _Model(_bundled_files, partial(_bundled, lambda: digits_data()[0])),
+    "cifar10_tiny": _Model(
+        _bundled_files,
+        partial(_bundled, lambda: read_reference(WEIGHTS / "cifar10_tiny_reference.safetensors")),
+    ),
+    **{name: _Model(_edm_files, _edm, True) for name in ("cifar10", "ffhq", "afhqv2")},
+    **{
+        name: _Model(_latent_files, partial(_latent, load_model), True)
+        for name, load_model in _LATENT_MODELS.items()
+    },
+}
