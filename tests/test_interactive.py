@@ -82,7 +82,7 @@ def test_without_a_front_end_the_picture_of_the_start_stands_alone(front_end, mo
 
 def test_in_a_notebook_the_picture_itself_is_replaced():
     cells = [
-        "import matplotlib.pyplot as plt\nfrom s4s_core.interactive import sliders\n"
+        "import matplotlib.pyplot as plt\nfrom s4s_core.lessons.interactive import sliders\n"
         "def draw(x):\n    plt.figure(figsize=(1 + x, 1))\n    return plt.gcf()\n"
         "sliders(draw, x=(0.0, 0.0, 1.0))",
         "from ipywidgets import FloatSlider\nfrom ipywidgets.widgets.widget import _instances\n"
@@ -204,5 +204,5 @@ def test_answers_are_told_right_from_wrong(capsys, answer, right, said):
 def test_source_is_that_of_the_real_function():
     shown = interactive.show_source(s4s.ddim, s4s.EDM)
     assert shown.startswith("```python\ndef ddim(grid") and shown.endswith("\n```")
-    assert "None, prediction)\n\n@dataclass(frozen=True)\nclass EDM" in shown
+    assert "\n\n@dataclass(frozen=True)\nclass EDM" in shown
     assert shown._repr_markdown_() == shown

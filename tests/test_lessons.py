@@ -44,7 +44,9 @@ def test_claim_prediction_and_what_would_falsify(path):
 @every_lesson
 def test_three_exercises_each_with_a_check_and_a_hidden_solution(path):
     asked = [source for source in cells(path, "code") if "answer = None" in source]
-    assert len(asked) == 3 and all(re.search(r"interactive\.check\(\s*answer", s) for s in asked)
+    assert len(asked) == 3 and all(
+        re.search(r"interactive\.check_answer\(\s*answer", s) for s in asked
+    )
     notebook = nbformat.read(path, as_version=4)
     solutions = [c for c in notebook.cells if "solution" in c.metadata.get("tags", [])]
     assert len(solutions) == 3

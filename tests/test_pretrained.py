@@ -215,7 +215,7 @@ def test_without_its_file_a_model_says_where_to_put_it(
 
 
 def test_further_files_are_addresses_or_paths(tmp_path, monkeypatch, one_sentence):
-    with one_sentence("files must list addresses or paths", "[3]"):
+    with one_sentence("files must list addresses or paths", "(3,)"):
         s4s.Params(schedule="EDM", shape=[1], files=[3])
     monkeypatch.setenv("S4S_HOME", str(tmp_path))
     with one_sentence(str(tmp_path / "captions.txt"), "missing", "put it there"):

@@ -1,1 +1,1 @@
-"""What the lessons draw and ask."""
+"""Functions for the lessons: exact paths, densities, interactive pictures, exercises."""

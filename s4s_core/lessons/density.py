@@ -1,11 +1,11 @@
-"""The density of a solver's samples, by exact change of variables, and Theorem D.1 with it.
+"""The density of a solver's samples, by exact change of variables, and a check of Theorem D.1.
 
 A solver is a map x_0 = Psi(x_T) of noise with density N(0, sigma(T)^2 I). Where it can be inverted,
 
-    ln p(x_0) = ln N(x_T) - ln |det dPsi/dx_T|      at x_T = Psi^-1(x_0),
+    ln p(x_0) = ln N(x_T) - ln |det dPsi/dx_T|      at x_T = Psi^-1(x_0)
 
-without approximation. It takes one backward pass for each entry of a sample, so it is meant for
-points in the plane rather than images.
+holds exactly. It takes one backward pass for each entry of a sample, so it is meant for points in
+the plane rather than images.
 """
 
 import math
@@ -21,7 +21,7 @@ from ..solver import Solver
 
 
 def jacobian(solver: Solver, denoiser: Denoiser, x_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Psi(x_T), (B, ...), and dPsi/dx_T, (B, d, d) for samples of d entries."""
+    """Return Psi(x_T), (B, ...), and dPsi/dx_T, (B, d, d) for samples of d entries."""
     x_T = x_T.detach().requires_grad_()
     x_0 = deque(solver.trajectory(denoiser, x_T), maxlen=1).pop()
     # No sample depends on another's noise, so the sum over samples keeps their gradients apart.
@@ -33,7 +33,7 @@ def jacobian(solver: Solver, denoiser: Denoiser, x_T: Tensor) -> tuple[Tensor, T
 
 
 def log_abs_det(solver: Solver, denoiser: Denoiser, x_T: Tensor) -> Tensor:
-    """ln |det dPsi/dx_T|, (B, ...) -> (B,): what Theorem D.1 calls C(Psi) at Psi(x_T)."""
+    """Return ln |det dPsi/dx_T|, (B,), at x_T (B, ...): C(Psi) at Psi(x_T) in Theorem D.1."""
     return torch.linalg.slogdet(jacobian(solver, denoiser, x_T)[1]).logabsdet
 
 
@@ -45,10 +45,11 @@ def invert(
     steps: int = 100,
     tolerance: float = 1e-9,
 ) -> tuple[Tensor, Tensor]:
-    """A noise x_T with Psi(x_T) = x_0, by damped Newton steps from `start`; all (B, ...).
+    """Return noises x_T with Psi(x_T) = x_0, (B, ...), and whether each was found, (B,).
 
-    Also (B,), whether it was found: |Psi(x_T) - x_0| <= tolerance. A map that folds has several
-    such noises, or none; this finds at most the one that Newton's method leads to.
+    The search takes at most `steps` damped Newton steps from `start`, which has the shape of x_0. A
+    noise is found if |Psi(x_T) - x_0| <= tolerance. A map that folds has several such noises, or
+    none; the search finds at most the one that Newton's method leads to.
     """
     x_T, damping = start.detach().clone(), start.new_ones(len(start))
     image, J = jacobian(solver, denoiser, x_T)
@@ -68,12 +69,15 @@ def invert(
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """A teacher's samples x = Psi*(b), of density q, under a student's density p_phi.
+    """A comparison of a teacher's density q with a student's density p_phi.
 
-    b, a          (n, ...) teacher's and student's noise of x, Psi_phi(a) = x, in units of sigma(T)
-    log_ratio     (n,) ln q(x) - ln p_phi(x), whose mean is the KL divergence
+    It is made at n samples x = Psi*(b) = Psi_phi(a) of the teacher.
+
+    b, a          (n, ...) the teacher's and the student's noise of x, in units of sigma(T)
+    log_ratio     (n,) ln q(x) - ln p_phi(x); its mean estimates the KL divergence
     determinants  (n,) C(Psi*) - C(Psi_phi) at x
-    found         share of the noises that were inverted; the others have no part in the above
+    found         the share of samples for which the student's noise was found; the others are
+                  left out of everything above
     """
 
     b: Tensor
@@ -84,21 +88,24 @@ class Divergence:
 
     @property
     def kl(self) -> float:
-        """D_KL(q || p_phi), estimated by the mean over the samples of q."""
+        """D_KL(q || p_phi), estimated as the mean of `log_ratio`, in nats."""
         return self.log_ratio.mean().item()
 
     @property
     def standard_error(self) -> float:
-        """Of `kl`, as an estimate from n samples."""
+        """The standard error of `kl`, as an estimate from n samples."""
         return self.log_ratio.std().item() / len(self.log_ratio) ** 0.5
 
     @property
     def radius(self) -> float:
-        """The smallest r for which a lies in B_r(b) for all samples: r of the theorem, on these."""
+        """The smallest r such that a lies in B_r(b) for all n samples, as the theorem demands."""
         return (self.a - self.b).flatten(1).norm(dim=1).max().item()
 
     def bound(self, r: float) -> float:
-        """What Theorem D.1 gives: r^2 / 2 + r sqrt(d + 1) + E |C(Psi*) - C(Psi_phi)| (Eq. 11)."""
+        """Return the bound of Theorem D.1 on `kl` (Eq. 11).
+
+        It is r^2 / 2 + r sqrt(d + 1) + E |C(Psi*) - C(Psi_phi)|, for samples of d entries.
+        """
         d = self.b[0].numel()
         return r**2 / 2 + r * math.sqrt(d + 1) + self.determinants.abs().mean().item()
 
@@ -106,11 +113,12 @@ class Divergence:
 def compare_densities(
     student: Solver, teacher: Solver, denoiser: Denoiser, x_T: Tensor
 ) -> Divergence:
-    """The samples Psi*(x_T) of the teacher, under its own density q and the student's p_phi.
+    """Return the comparison of the teacher's and the student's densities at samples Psi*(x_T).
 
-    x_T (B, ...) with entries N(0, sigma(T)^2), to be the b of Theorem D.1. Where the student's map
-    folds, p_phi is a sum over all its noises a and the one found gives a part of it only: then `kl`
-    is too large, and smaller again by what was not `found`. UsageError if nothing was.
+    x_T (B, ...) has entries ~ N(0, sigma(T)^2), and is b of Theorem D.1. Where the student's map
+    folds, p_phi is a sum over several noises a, and only one of them is found, so `kl` comes out
+    too large. On the other hand samples that are not `found` are missing from `kl`, which makes it
+    too small. Raises UsageError if no noise is found.
     """
     schedule = student.grid.schedule
     x_0, J = jacobian(teacher, denoiser, x_T)

@@ -1,4 +1,4 @@
-"""The exact flow, and how far a solver is from it: for models whose calls cost next to nothing."""
+"""The exact flow, and a solver's distance from it, for models whose calls cost next to nothing."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ from ..teacher import initial_noise
 
 @torch.no_grad()
 def sample_path(setup: Setup, solver: Solver, seeds: Sequence[int]) -> tuple[TimeGrid, Tensor]:
-    """The solver's way from the noises of these seeds: the times of its network calls, and x there.
+    """Return the times of a solver's network calls, and x at these times, from the seeds' noises.
 
-    x (nfe + 1, len(seeds), *setup.shape) float64, the sample last.
+    x is (nfe + 1, len(seeds), *setup.shape), float64, with the sample last.
     """
     _, grid = solver.coefficients.as_multistep(solver.grid)
     x = solver.trajectory(setup.denoiser_for(seeds), initial_noise(setup, seeds))
@@ -29,11 +29,11 @@ def sample_path(setup: Setup, solver: Solver, seeds: Sequence[int]) -> tuple[Tim
 def exact_path(
     setup: Setup, seeds: Sequence[int], grid: TimeGrid | None = None, calls: int = 500
 ) -> tuple[TimeGrid, Tensor]:
-    """The exact flow from the noises of these seeds: `grid` (by default a fine one), and x there.
+    """Return `grid` (by default a fine one), and the exact flow x from the seeds' noises on it.
 
-    x (N+1, len(seeds), *setup.shape) float64, by exponential Adams-Bashforth of order 4 with at
-    least `calls` network calls, equally many in each step of the grid. On the mixture 500 leave
-    an error of 1e-5, and 4000 one of 1e-8.
+    x is (N+1, len(seeds), *setup.shape), float64. It is computed by exponential Adams-Bashforth of
+    order 4 with at least `calls` network calls, equally many in each step of the grid. On the
+    mixture 500 calls leave an error of 1e-5, and 4000 calls one of 1e-8.
     """
     grid = grid or time_logsnr(setup.schedule, 200)
     parts = -(-calls // grid.nfe)
@@ -47,9 +47,9 @@ def exact_path(
 def global_error(
     setup: Setup, solver: Solver, seeds: Sequence[int], x_0: Tensor | None = None
 ) -> Tensor:
-    """|Psi(x_T) - x_0| of the noises of these seeds, (len(seeds),) (Sec. 2.2).
+    """Return |Psi(x_T) - x_0|, (len(seeds),), for the noises x_T of these seeds (Sec. 2.2).
 
-    x_0  the ends of the exact flow, where they are known already
+    x_0  (len(seeds), *setup.shape) the ends of the exact flow, if they are known already
     """
     if x_0 is None:
         x_0 = exact_path(setup, seeds)[1][-1]
@@ -59,11 +59,11 @@ def global_error(
 
 @torch.no_grad()
 def local_errors(solver: Solver, denoiser: Denoiser, exact: Tensor) -> Tensor:
-    """What each step misses by when all before it were exact: x - exact, (N, B, ...).
+    """Return the error x - exact of each step that begins on the exact flow, (N, B, ...).
 
-    exact (N+1, B, ...) is the exact flow at the times of the steps; the past evaluations that a
-    multistep solver uses are made there, too (the local truncation error of Sec. 2.2). Raises
-    UsageError unless there is one point for each network call, and the last.
+    exact (N+1, B, ...) is the exact flow at the times of the steps. The past evaluations that a
+    multistep solver uses are also made on it, so this is the local truncation error of Sec. 2.2.
+    Raises UsageError unless `exact` has one point for each network call, and one more at the end.
     """
     if len(exact) != solver.nfe + 1:
         raise UsageError(
@@ -78,10 +78,10 @@ def local_errors(solver: Solver, denoiser: Denoiser, exact: Tensor) -> Tensor:
 def locally_optimal(
     grid: TimeGrid, denoiser: Denoiser, exact: Tensor, order: int = 3, prediction: str = "noise"
 ) -> Coefficients:
-    """The multistep table of the smallest local errors: each row a problem of least squares.
+    """Return the multistep table with the smallest local errors, by least squares in each row.
 
-    exact (N+1, B, ...) is the exact flow at the grid's times, to which it is fitted: the aim of
-    methods that match the teacher's whole trajectory (App. B.3).
+    exact (N+1, B, ...) is the exact flow at the grid's times, to which the table is fitted. Methods
+    that match the teacher's whole trajectory have the same aim (App. B.3).
     """
 
     def errors(b: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
-"""For the lessons in JupyterLab: sliders that redraw a picture at once, and checks of exercises."""
+"""Tools for the lessons in JupyterLab: sliders that redraw a picture, and checks of exercises."""
 
 import inspect
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias, cast
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..errors import UsageError
@@ -17,23 +20,25 @@ from ..setup import Setup
 from ..solver import Solver
 from .exact import exact_path, sample_path
 
+Range: TypeAlias = tuple[float, float, float]  # low, start, high
 
-def sliders(draw: Callable, **ranges: tuple[float, float, float]) -> None:
-    """Show the figure draw(**values), with a slider for each value; moving one redraws at once.
+
+def sliders(draw: Callable[..., Figure], **ranges: Range) -> None:
+    """Show the figure draw(**values) with a slider for each value; moving one redraws the figure.
 
     ranges  name -> (low, start, high)
-    Without ipywidgets, or outside a notebook, this shows the picture of the start values alone.
+    Without ipywidgets, or outside a notebook, only the figure of the start values is shown.
     """
     from IPython import get_ipython
     from IPython.display import Image, display
 
-    def picture():
+    def picture() -> Any:
         figure, content = draw(**values), io.BytesIO()
         figure.savefig(content, format="png")
         plt.close(figure)  # or the notebook would show it once more
         return Image(content.getvalue())
 
-    def move(name: str, value: float):
+    def move(name: str, value: float) -> None:
         values[name] = value
         shown.update(picture())
 
@@ -46,8 +51,8 @@ def sliders(draw: Callable, **ranges: tuple[float, float, float]) -> None:
     shown = display(picture(), display_id=True)
 
 
-def _controls(ranges: dict):
-    """A column of sliders that carry the names of their values; None without ipywidgets."""
+def _controls(ranges: dict[str, Range]) -> Any:
+    """VBox of labelled sliders, or None if ipywidgets is missing."""
     try:
         from ipywidgets import FloatSlider, VBox
     except ImportError:
@@ -64,9 +69,10 @@ def _controls(ranges: dict):
 
 
 def explore_times(setup: Setup, solver: Solver, seeds: Sequence[int] = range(8)) -> None:
-    """Sliders for lam at the inner times of a solver in the plane, whose table stays as it is.
+    """Show a solver's trajectories in the plane, with sliders for lam at its inner times.
 
-    Times that pass each other change places; times told to the network move along.
+    The solver's table stays as it is. Times that pass each other change places. The times that are
+    passed to the network (`t_model` of the grid) move along with the times of the steps.
     """
     grid, schedule = solver.grid, solver.grid.schedule
     lam, offsets = grid.lam, schedule.lam(grid.t_model) - grid.lam
@@ -90,9 +96,11 @@ def explore_times(setup: Setup, solver: Solver, seeds: Sequence[int] = range(8))
 def explore_coefficients(
     setup: Setup, solver: Solver, step: int | None = None, seeds: Sequence[int] = range(8)
 ) -> None:
-    """Sliders for the coefficients b of a multistep solver in the plane, of one step or of all.
+    """Show a multistep solver's trajectories in the plane, with sliders for its coefficients b.
 
-    step  1 to N; its newest evaluation first, as in `plot_coefficients`
+    step  1 to N for the coefficients of one step, or None for those of all steps; the newest
+          evaluation comes first, as in `plot_coefficients`
+    Raises UsageError for another step.
     """
     b = solver.coefficients.b
     if step is not None and not 1 <= step <= len(b):
@@ -110,38 +118,46 @@ def explore_coefficients(
     _explore(setup, changed, {name: (v - 1, v, v + 1) for name, v in starts}, seeds)
 
 
-def _explore(setup: Setup, make: Callable[[Sequence[float]], Solver], ranges: dict, seeds) -> None:
-    """Sliders for the values that `make` turns into a solver, and its trajectories."""
-    exact, ax = exact_path(setup, seeds), None
-    data = setup.data()[:500] if setup.data else None
+def _explore(
+    setup: Setup,
+    make: Callable[[Sequence[float]], Solver],
+    ranges: dict[str, Range],
+    seeds: Sequence[int],
+) -> None:
+    """Sliders for the values that `make` turns into a solver, and the solver's trajectories."""
+    exact = exact_path(setup, seeds)
+    ax: Axes | None = None
+    data = cast(Tensor, setup.data())[:500] if setup.data else None
 
-    def draw(**values):
+    def draw(**values: float) -> Figure:
         nonlocal ax
         path = sample_path(setup, make(list(values.values())), seeds)
         fresh = ax is None
-        if not fresh:
+        if ax is not None:
             ax.clear()
         ax = plot.plot_trajectories({f"{len(path[1]) - 1} calls": path}, exact, data, ax)
         error = (path[1][-1] - exact[1][-1]).norm(dim=1).mean()
         ax.set_title(f"mean distance to the exact end points {error:.3f}")
+        figure = cast(Figure, ax.figure)
         if fresh:
-            ax.figure.draw_without_rendering()
-            ax.figure.set_layout_engine("none")  # what was laid out stays, and redraws are faster
-        return ax.figure
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # what was laid out stays, and redraws are faster
+        return figure
 
     sliders(draw, **ranges)
 
 
-def show_source(*functions) -> Table:
-    """The text of functions or classes, to be read in a notebook."""
+def show_source(*functions: Callable[..., Any]) -> Table:
+    """Return the source of functions or classes as Markdown that a notebook renders."""
     text = "\n\n".join(inspect.getsource(function).rstrip() for function in functions)
     return Table(f"```python\n{text}\n```")
 
 
-def check_answer(answer, right, hint: str = "") -> None:
-    """Say whether the answer to an exercise is right; None is no answer yet.
+def check_answer(answer: Any, right: Any, hint: str = "") -> None:
+    """Print whether the answer to an exercise is right; the answer None means "not yet".
 
-    right  the answer, of which numbers may be off by 2 %, or a function answer -> bool
+    right  the right answer (a number may differ from it by 2 %), or a function answer -> bool
+    hint   printed with a wrong answer
     """
     if answer is None:
         print("not yet: set answer, and run this cell again")
@@ -153,7 +169,8 @@ def check_answer(answer, right, hint: str = "") -> None:
     print("right" if agrees else f"not yet: that is not it{f' ({hint})' if hint else ''}")
 
 
-def _agree(answer, right) -> bool:
+def _agree(answer: Any, right: Any) -> bool:
+    """Whether two answers are equal, numbers up to 2 %."""
     try:
         return abs(answer - right) <= 0.02 * abs(right)
     except TypeError:  # words, lists

@@ -20,7 +20,8 @@ from ..solver import Solver
 
 Records: TypeAlias = list[tuple[float, float]]  # of each noise level: mean square error and slope
 
-# x_0 = a x + b F, with F the network's answer: how to make the denoiser, and (alpha, sigma) -> a, b.
+# What a network may predict -> how to make its denoiser, and the function (alpha, sigma) -> a, b of
+# x_0 = a x + b F, where F is the network's answer.
 _PREDICTIONS: dict[str, tuple[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = {
     "eps": ("from_noise_prediction", lambda a, s: (1 / a, -s / a)),
     "x_0": ("from_denoiser", lambda a, s: (0 * a, 1 + 0 * a)),

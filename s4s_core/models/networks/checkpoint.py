@@ -112,9 +112,7 @@ def under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
-def averaged(
-    weights: dict[str, Tensor], path: str | Path, required: bool
-) -> dict[str, Tensor]:
+def averaged(weights: dict[str, Tensor], path: str | Path, required: bool) -> dict[str, Tensor]:
     """Return the U-Net's weights, averaged over training (EMA) if the file has the average.
 
     A file with only one set of weights may hold the average under the weights' own names;

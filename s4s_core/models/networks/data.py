@@ -19,9 +19,7 @@ CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 RECORD = 1 + 3 * 32 * 32  # bytes of an image: its class, then red, green and blue, row by row
 
 
-def training_data(
-    dataset: str, path: str | Path = "", test: bool = False
-) -> tuple[Tensor, Tensor]:
+def training_data(dataset: str, path: str | Path = "", test: bool = False) -> tuple[Tensor, Tensor]:
     """Return the training images (n, C, H, W) in [-1, 1] and labels (n,) of a bundled model.
 
     With `test` return the images that samples are compared to: CIFAR-10's test set, or again all

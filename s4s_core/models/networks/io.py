@@ -89,9 +89,7 @@ def load_network(path: str | Path) -> nn.Module:
     return build(path, name, metadata.get("config", ""), safetensors.torch.load_file(path))
 
 
-def build(
-    path: str | Path, name: str, config: str, tensors: dict[str, torch.Tensor]
-) -> nn.Module:
+def build(path: str | Path, name: str, config: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
     """Return the network of class `name`, arguments `config` (JSON) and weights `tensors`.
 
     It is as `load_network` returns it. Raises UsageError, which names the file `path` that they

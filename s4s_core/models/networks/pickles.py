@@ -1,11 +1,11 @@
-"""EDM checkpoints as NVIDIA pickles them, read as data: nothing in the file is ever executed.
+"""Read NVIDIA's pickled EDM checkpoints as data: nothing in the file is ever executed.
 
 Such a file asks to import modules, to call functions and to run a copy of the network's source.
-Here a short interpreter of pickle's instructions builds numbers, strings, containers and tensors.
-It knows the few functions that a checkpoint must name, puts in the place of each one of ours that
-makes data of its arguments, and refuses everything else by name. Weights lie in the pickle as
-streams that `torch.save` wrote in its older format: five small pickles, read by the same
-interpreter with even fewer names, then the numbers themselves.
+Here a short interpreter of pickle's instructions builds numbers, strings, containers and tensors
+instead. It knows the few functions that a checkpoint must name, and calls in place of each a
+function of this file that only makes data of its arguments. It refuses all other names. Weights lie
+in the pickle as streams that `torch.save` wrote in its older format: five small pickles, which the
+same interpreter reads with even fewer names, and then the numbers themselves.
 """
 
 import inspect
@@ -15,27 +15,32 @@ import json
 import math
 import pickletools
 import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FunctionType
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import UsageError
 from .io import build, load_network, save_network
 from .song_unet import EDMPrecond
+
+Kind = TypeVar("Kind")
+Names = Mapping[tuple[str, str], Any]  # (module, name) in a pickle -> what stands for it here
 
 # A checkpoint has about 1e5 instructions and 25 levels; an instruction of one byte can cost 200.
 MAX_INSTRUCTIONS, MAX_DEPTH = 1_000_000, 100
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save's older format
 
 
-def load_edm(path, device="cpu") -> nn.Module:
-    """The network (weights averaged over training, "ema") of an EDM checkpoint, as `EDMPrecond`.
+def load_edm(path: str | Path, device: torch.device | str = "cpu") -> EDMPrecond:
+    """Load the network of an EDM checkpoint (its "ema", the weights averaged over training).
 
-    `path` is NVIDIA's .pkl or a .safetensors that `convert_edm` made of it. The network is float32,
-    in eval mode, its weights without gradient. Raises UsageError for a file that is missing,
-    damaged, of another architecture, or that holds anything but data.
+    `path` is NVIDIA's .pkl, or a .safetensors that `convert_edm` made of it. The network is in
+    float32 and in eval mode, and its weights require no gradient. Raises UsageError for a file that
+    is missing or damaged, that is of another architecture, or that holds anything but data.
     """
     if Path(path).suffix == ".safetensors":
         net = load_network(path)
@@ -44,7 +49,7 @@ def load_edm(path, device="cpu") -> nn.Module:
                 f"{path} holds a {type(net).__name__}, no EDMPrecond; use what convert_edm made"
             )
         return net.to(device)
-    ema = read_persistent(path).get("ema")
+    ema: Any = read_persistent(path).get("ema")
     name = ema.get("class_name") if isinstance(ema, dict) else None
     if name != "EDMPrecond":
         raise UsageError(
@@ -57,10 +62,10 @@ def load_edm(path, device="cpu") -> nn.Module:
         raise UsageError(f"{path} is no EDM checkpoint: {error}; fetch it again") from None
     if sum(tensor.nbytes for tensor in tensors.values()) > Path(path).stat().st_size:
         raise UsageError(f"{path} describes more weights than it holds; fetch it again")
-    return build(path, "EDMPrecond", config, tensors).to(device)
+    return cast(EDMPrecond, build(path, "EDMPrecond", config, tensors)).to(device)
 
 
-def convert_edm(pkl, path, dtype: torch.dtype = torch.float32) -> None:
+def convert_edm(pkl: str | Path, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the network of NVIDIA's `pkl` to the safetensors file `path`, its weights as `dtype`.
 
     float16 halves the file and rounds the weights. Raises UsageError like `load_edm`.
@@ -68,8 +73,8 @@ def convert_edm(pkl, path, dtype: torch.dtype = torch.float32) -> None:
     save_network(path, load_edm(pkl), dtype, source=Path(pkl).name)
 
 
-def _arguments(network: dict) -> str:
-    """The arguments that `network` was made with, as JSON; what its state says of them counts."""
+def _arguments(network: dict[str, Any]) -> str:
+    """The arguments of `network`, as JSON; its state overrides those that it was made with."""
     values, state = _of_type(tuple, network.get("init_args")), _of_type(dict, network.get("state"))
     named = dict(zip(inspect.signature(EDMPrecond).parameters, values, strict=False))
     named |= _of_type(dict, network.get("init_kwargs"))
@@ -86,8 +91,11 @@ def _arguments(network: dict) -> str:
     return json.dumps(named)
 
 
-def _tensors(module, prefix: str, seen: set[int]):
-    """(name in the state dict, tensor) of every parameter and buffer of a module."""
+def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Pairs (name in the state dict, tensor) of all parameters and buffers of a module.
+
+    `seen` are the ids of the modules that came before; UsageError for one that comes twice.
+    """
     if id(module) in seen:
         raise UsageError(f"it has the module {_shown(prefix)} twice")
     seen.add(id(module))
@@ -103,13 +111,14 @@ def _tensors(module, prefix: str, seen: set[int]):
                 yield prefix + name, _of_type(Tensor, item)
 
 
-def read_persistent(path) -> dict:
-    """The content of a .pkl by `torch_utils.persistence`, as plain dicts, lists and CPU tensors.
+def read_persistent(path: str | Path) -> dict[Any, Any]:
+    """Return the content of a .pkl by NVIDIA's `torch_utils.persistence`.
 
-    An object is {"class_name": str, "init_args": tuple, "init_kwargs": dict, "state": dict}, the
-    state of a module with its "_parameters", "_buffers" and "_modules". The source that the file
-    carries is left out. Raises UsageError, with the reason, for all that is no such file; memory
-    stays within a few times the size of the file.
+    It consists of plain dicts, lists, tuples and CPU tensors. An object becomes {"class_name": str,
+    "init_args": tuple, "init_kwargs": dict, "state": dict}, and the state of a module has the keys
+    "_parameters", "_buffers" and "_modules". The source code in the file is left out. Reading
+    takes at most a few times as much memory as the file has bytes. Raises UsageError, with the
+    reason, for any other file.
     """
     try:
         data = Path(path).read_bytes()
@@ -133,8 +142,8 @@ def read_persistent(path) -> dict:
     return content
 
 
-def _shown(name) -> str:
-    """A name from a file, fit for one line."""
+def _shown(name: object) -> str:
+    """A name from a file, quoted and cut to fit into one line."""
     return repr(name if name is None else str(name)[:80])
 
 
@@ -148,15 +157,20 @@ LITERALS = {
 }  # fmt: skip
 
 
-def _interpret(stream: io.BytesIO, names: dict, steps, persistent_ids: bool = False):
-    """The object of the pickle at the position of `stream`, which is left behind its end.
+def _interpret(
+    stream: io.BytesIO, names: Names, steps: Iterator[int], persistent_ids: bool = False
+) -> Any:
+    """The object of the pickle at the position of `stream`, which is then moved behind the pickle.
 
-    `names` are the (module, name) pairs that it may mention, with what stands for them: functions
-    that it may call, or values. `steps` counts instructions over all pickles of a file.
+    `names` are the (module, name) pairs that the pickle may mention, with the functions (which it
+    may call) or values that stand for them. `steps` counts instructions over all pickles of a file.
     """
-    stack, marks, memo = [], [], {}
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
+    argument: Any
 
-    def since_mark() -> list:
+    def since_mark() -> list[Any]:
         start = marks.pop()
         items = stack[start:]
         del stack[start:]
@@ -225,28 +239,34 @@ def _interpret(stream: io.BytesIO, names: dict, steps, persistent_ids: bool = Fa
                 raise UsageError(f"it uses the pickle instruction {name}")
 
 
-def _known(names: dict, module, name):
-    name = (_of_type(str, module), _of_type(str, name))
-    if name not in names:
-        raise UsageError(f"it asks for {_shown('.'.join(name))}")
-    return names[name]
+def _known(names: Names, module: Any, name: Any) -> Any:
+    """The entry of `names` for module.name; UsageError if there is none."""
+    key = (_of_type(str, module), _of_type(str, name))
+    if key not in names:
+        raise UsageError(f"it asks for {_shown('.'.join(key))}")
+    return names[key]
 
 
-def _of_type(kind: type, value):
+def _of_type(kind: type[Kind], value: Any) -> Kind:
+    """The value, if its type is exactly `kind`; UsageError otherwise."""
     if type(value) is not kind:
         raise UsageError(f"it uses a {type(value).__name__} as a {kind.__name__}")
     return value
 
 
-def _key(value):
+def _key(value: Any) -> str | int:
+    """The value, if it may be a key; UsageError otherwise."""
     # Hashing a tuple that is nested deeply enough would end the interpreter.
     if type(value) not in (str, int):
         raise UsageError(f"it uses a {type(value).__name__} as a key")
     return value
 
 
-def _set_state(target, state) -> None:
-    """What "BUILD" may do: fill a ModuleDict; confirm an empty dict or a numpy dtype."""
+def _set_state(target: Any, state: Any) -> None:
+    """Do what the instruction BUILD may do: fill a ModuleDict, or leave the target as it is.
+
+    The latter is for an empty dict and for a numpy dtype. UsageError for any other target.
+    """
     if type(target) is dict and type(state) is dict:
         if target.get("class_name") == "ModuleDict":
             target["state"] = state
@@ -258,8 +278,11 @@ def _set_state(target, state) -> None:
     raise UsageError(f"it sets the state of a {type(target).__name__}")
 
 
-def _check_depth(item, heights: dict[int, int], depth: int = 0) -> int:
-    """The height of a nested container; UsageError for one that holds itself or is too deep."""
+def _check_depth(item: Any, heights: dict[int, int], depth: int = 0) -> int:
+    """The height of a nested container; UsageError for one that holds itself or is too deep.
+
+    `heights` are the heights of the containers that are already measured, by their ids.
+    """
     if type(item) not in (dict, list, tuple):
         return 0
     if depth <= MAX_DEPTH and id(item) not in heights:
@@ -274,8 +297,8 @@ def _check_depth(item, heights: dict[int, int], depth: int = 0) -> int:
 # ---- what stands for the functions that a checkpoint names
 
 
-def _object(meta) -> dict:
-    """An object of torch_utils.persistence: its source, meta["module_src"], is left alone."""
+def _object(meta: Any) -> dict[str, Any]:
+    """An object of torch_utils.persistence; its source, meta["module_src"], is never looked at."""
     state = dict(_of_type(dict, _of_type(dict, meta)["state"]))
     arguments, keywords = state.pop("_init_args", None), state.pop("_init_kwargs", None)
     return {
@@ -286,20 +309,20 @@ def _object(meta) -> dict:
     }
 
 
-def _module_dict() -> dict:
+def _module_dict() -> dict[str, Any]:
     return {"class_name": "ModuleDict", "init_args": (), "init_kwargs": {}, "state": {}}
 
 
-def _empty_dict() -> dict:
+def _empty_dict() -> dict[str, Any]:
     return {}
 
 
-def _parameter(tensor, requires_grad, hooks) -> Tensor:
+def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Any:
     return tensor
 
 
-def _strided(storage, offset, size, stride, *_) -> Tensor:
-    """A tensor in a storage, which must hold at least as many numbers."""
+def _strided(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    """A tensor that is a view of a storage; UsageError if it reaches beyond the storage."""
     numbers = [offset, *_of_type(tuple, size), *_of_type(tuple, stride)]
     if len(size) != len(stride) or len(size) > 8:
         raise UsageError(f"it makes a tensor of {len(size)} dimensions and {len(stride)} strides")
@@ -315,14 +338,15 @@ def _strided(storage, offset, size, stride, *_) -> Tensor:
 NUMPY = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}
 
 
-def _numpy_dtype(name, *_) -> str:
+def _numpy_dtype(name: Any, *_: Any) -> str:
     """The `struct` code of a numpy dtype."""
     if _of_type(str, name) not in NUMPY:
         raise UsageError(f"it has a numpy scalar of type {_shown(name)}")
     return NUMPY[name]
 
 
-def _numpy_scalar(code, data):
+def _numpy_scalar(code: Any, data: Any) -> float | int | bool:
+    """The number in `data`, whose `struct` code is `code`."""
     if code not in NUMPY.values():
         raise UsageError(f"it has a numpy scalar of type {_shown(code)}")
     return struct.unpack(f"<{code}", data)[0]
@@ -338,8 +362,8 @@ STORAGES = {
 }
 
 
-def _storage(data, steps) -> Tensor:
-    """The numbers (n,) of a storage in torch.save's older format."""
+def _storage(data: Any, steps: Iterator[int]) -> Tensor:
+    """The numbers (n,) of a storage in the older format of torch.save."""
     if _of_type(bytes, data)[:2] == b"PK":
         raise UsageError("it holds a storage as a zip archive, which torch never writes there")
     stream = io.BytesIO(data)

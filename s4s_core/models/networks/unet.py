@@ -67,17 +67,18 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what attention adds to x (B, C, H, W)."""
+        """Return the answer of the attention, (B, C, H, W), which the caller adds to x."""
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # (B, HW, C)
         a = F.scaled_dot_product_attention(q, k, v)
         return self.out(a.transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):
-    """One residual block; `resample` is "", "down" or "up" and acts before the first convolution.
+    """One residual block: x (B, C_in, H, W), emb (B or 1, E) -> (B, C_out, H', W').
 
-    x (B, C_in, H, W), emb (B or 1, E) -> (B, C_out, H', W'). Every sum of two branches is scaled
-    by sqrt(1/2), which keeps the variance of the activations (EDM, App. F.1).
+    `resample` is "", "down" or "up" and acts before the first convolution. Every sum of
+    two branches is scaled by sqrt(1/2), which keeps the variance of the activations (EDM, App.
+    F.1).
     """
 
     def __init__(
