@@ -123,8 +123,8 @@ def rescheduled(denoiser: Callable[..., Tensor], schedule: NoiseSchedule) -> Den
         )
 
     def denoise(x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
-        told = own.t_of_s(schedule.s(t))
-        return denoiser(own.alpha(told) / schedule.alpha(t) * x, told, *condition)
+        own_t = own.t_of_s(schedule.s(t))
+        return denoiser(own.alpha(own_t) / schedule.alpha(t) * x, own_t, *condition)
 
     return _Denoiser(denoise, schedule)
 

@@ -65,7 +65,7 @@ def lpips_distance(
         metric = lpips.LPIPS(net=net, verbose=False).to(device).requires_grad_(False).eval()
     except (OSError, RuntimeError) as error:  # no connection, no such file, a wrong hash
         raise UsageError(
-            f"the LPIPS trunk {net!r} could not be had ({str(error).splitlines()[0]}): put "
+            f"the LPIPS trunk {net!r} could not be loaded ({str(error).splitlines()[0]}): put "
             f"torchvision's file into {torch.hub.get_dir()}/checkpoints by hand, or set distance "
             "to l2"
         ) from None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from s4s_core import UsageError
 from s4s_core.models.networks import (
     Classifier,
+    EDMPrecond,
     SmallDenoiser,
     UNet,
     digits_data,
@@ -451,3 +452,21 @@ def test_shipped_classifiers_are_as_accurate_as_claimed(name, seed, digits):
     right = (load_network(path)(images[held_out]).argmax(1) == labels[held_out]).sum().item()
     claim = read_metadata(path)["held_out_accuracy"]
     assert claim == f"{right} of {len(held_out)}" and right / len(held_out) > 0.98
+
+
+def test_files_that_use_a_former_name_of_a_class_still_load(tmp_path):
+    """EDMPrecond once was the small network here, and NVIDIA's of that name was EDMDenoiser."""
+    small = randomized(SmallDenoiser(0.75, **SMALL))
+    edm = randomized(
+        EDMPrecond(8, 1, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1)
+    )
+    for net, former in ((small, "EDMPrecond"), (edm, "EDMDenoiser")):
+        path = tmp_path / f"{former}.safetensors"
+        save_network(path, net, torch.float32)
+        metadata = read_metadata(path) | {"class": former}
+        safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata)
+        again = load_network(path)
+        assert type(again) is type(net)
+        for key, value in net.state_dict().items():
+            assert torch.equal(value, again.state_dict()[key]), key
+    assert type(load_network(WEIGHTS / "digits_denoiser.safetensors")) is SmallDenoiser

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import nbformat
+import pandas
 import papermill
 import pytest
 
@@ -54,3 +56,35 @@ def test_the_example_learns_a_solver_and_samples_with_it(tmp_path, monkeypatch):
     before = names["solver"].sample(names["setup"].denoiser, names["x_T"])
     exact = names["setup"].teacher.sample(names["setup"].denoiser, names["x_T"])
     assert (names["x_0"] - exact).square().mean() < 0.9 * (before - exact).square().mean()
+
+
+def committed_numbers() -> set[str]:
+    """All decimal numbers of committed outputs, and the means and ranges over seeds of the rows of
+    figures/*.csv, with 2, 3 and 4 decimals.
+    """
+    found = set()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, 4).cells:
+            for output in cell.get("outputs", []):
+                data = output.get("data", {})
+                text = [output.get("text", ""), *(v for k, v in data.items() if "image" not in k)]
+                found |= set(re.findall(r"\d+\.\d+", "".join(map(str, text))))
+    metrics = ["frechet", "distance_to_teacher", "seconds"]
+    for path in (ROOT / "figures").glob("*.csv"):
+        rows = pandas.read_csv(path)
+        values = [name for name in metrics if name in rows]
+        keys = [k for k in rows if k not in {*metrics, "seed", "n_samples", "features"}]
+        for value in values:
+            # Of a group whose seeds differ, and of each run.
+            means = rows.groupby(keys, dropna=False)[value].agg(["mean", "min", "max"])
+            for number in [*means.to_numpy().flatten(), *rows[value]]:
+                found |= {f"{number:.{digits}f}" for digits in (2, 3, 4)}
+    return found
+
+
+def test_every_number_of_the_results_stands_in_a_committed_output():
+    results = README.partition("## What to expect")[2].partition("## Licence")[0]
+    text = re.sub(r"\]\([^)]*\)", "", results)
+    wanted = set(re.findall(r"\d+\.\d{2,}", text))
+    assert len(wanted) > 30
+    assert wanted <= committed_numbers()

@@ -63,8 +63,8 @@ def plot_grid(grids: "Mapping[str, TimeGrid]", ax: Axes | None = None, x: str = 
 
     grids  name -> TimeGrid, or any object whose `x` is a tensor (N+1,)
     x      "lam", or "s" on a logarithmic axis
-    Where the network is told other times than those of the steps (`t_model`), circles below the
-    row show them.
+    Circles below a row are the times passed to the network (`t_model`), where they differ from
+    those of the steps.
     """
     ax = _axes(ax, (6.5, 0.8 + 0.4 * len(grids)))
     for row, ((_, grid), color) in enumerate(zip(grids.items(), cycle(COLORS))):
@@ -73,8 +73,8 @@ def plot_grid(grids: "Mapping[str, TimeGrid]", ax: Axes | None = None, x: str = 
         ax.plot(points, np.full(len(points), row), "|", color=color, ms=15, mew=2.2)
         t_model = getattr(grid, "t_model", None)
         if t_model is not None and not np.array_equal(_numpy(t_model), _numpy(grid.t)):
-            told = _numpy(getattr(grid.schedule, x)(t_model))[:-1]  # no call at the last time
-            ax.plot(told, np.full(len(told), row + 0.32), "o", color=color, mfc="w", ms=5)
+            passed = _numpy(getattr(grid.schedule, x)(t_model))[:-1]  # no call at the last time
+            ax.plot(passed, np.full(len(passed), row + 0.32), "o", color=color, mfc="w", ms=5)
     ax.set_yticks(range(len(grids)), grids)
     ax.set_ylim(len(grids) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
