@@ -77,7 +77,7 @@ shift
 case $command in
     setup) setup ;;
     tour) tour "$@" ;;
-    check) tests -m 'not kernel and not notebook' "$@" ;;
+    check) tests -m 'not kernel and not slow' "$@" ;;
     test) tests "$@" ;;
     refresh) setup; $python notebooks/refresh.py "$@" ;;
     lab) setup; exec $python -m jupyterlab "$@" ;;

@@ -3,8 +3,9 @@
 A kernel takes ten seconds of a processor to start and to import torch; most tests need none.
 """
 
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import matplotlib
 from IPython.core.interactiveshell import InteractiveShell
@@ -14,6 +15,13 @@ from papermill.parameterize import parameterize_notebook
 from traitlets.config import Config
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+@cache
+def _shell() -> InteractiveShell:
+    """IPython without history, and not in the place of this process's own __main__."""
+    config = Config({"HistoryManager": {"enabled": False}})
+    return InteractiveShell.instance(config=config, user_module=ModuleType("notebook"))
 
 
 def run_notebook(name: str, **parameters) -> SimpleNamespace:
@@ -31,7 +39,7 @@ def run_notebook(name: str, **parameters) -> SimpleNamespace:
         if f"\n{parameter} = " not in f"\n{defaults.source}":
             raise KeyError(f"{name} has no parameter {parameter}")
     notebook = parameterize_notebook(notebook, parameters)
-    shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+    shell = _shell()
     shell.reset(new_session=False)
     shown, cells = [], []
     try:

@@ -85,6 +85,7 @@ def test_the_exact_mixture_passes(mixture, name):
     check_denoiser(denoiser, schedule, setup.shape, setup.data()[:4096], seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SD", "RF"])
 @pytest.mark.parametrize("true", MAKE)
 @pytest.mark.parametrize("sign", [1, -1])
@@ -109,6 +110,7 @@ def test_a_wrong_prediction_type_is_caught_without_data(digits, one_sentence, tr
                 check_denoiser(denoiser, schedule, digits.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "prediction"), [("SD", "eps"), ("RF", "x_0")])
 @pytest.mark.parametrize("true", TIMES)
 def test_every_wrong_time_is_caught(digits, clean, one_sentence, name, prediction, true):

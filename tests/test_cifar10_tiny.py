@@ -43,6 +43,7 @@ def test_denoiser_finds_the_noise_on_its_own_pictures(setup, noise):
         assert torch.corrcoef(torch.stack([found.flatten(), z.flatten()]))[0, 1] > least
 
 
+@pytest.mark.slow
 def test_pictures_are_nearer_to_the_real_ones_than_noise_of_their_moments(setup):
     """Of seeds that nothing was chosen by; the other side has each pixel's mean and spread."""
     x_T = s4s.initial_noise(setup, range(30_000, 30_400))
@@ -77,14 +78,14 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 def test_the_order_ablation_runs_on_it_from_another_folder(here):
     given = {"dataset": "cifar10_tiny", "settings": {"cifar10_tiny": LEAST}}
     text = run_notebook("ablation_order", **LONG["ablation_order"] | given).text
     assert "cifar10_tiny classifier, 128 features" in text and "seeds 0 to 99" in text
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 def test_the_appendix_trains_its_networks_from_a_folder(here, tmp_path):
     for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
         records = np.random.default_rng(0).integers(256, size=(60, RECORD), dtype=np.uint8)

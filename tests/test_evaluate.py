@@ -234,6 +234,7 @@ def pixels(seed: int, n: int, side: int = 16):
     return torch.nn.functional.interpolate(coarse, side, mode="bicubic").clamp(0, 255).byte()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::torch_fidelity")
 def test_fid_equals_torch_fidelitys(inception_file, inception):
     """From pictures to the number, with fewer images than features.

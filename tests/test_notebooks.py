@@ -55,13 +55,13 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # no processes: they import torch anew
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_a_whole_table_runs_at_a_small_scale(name):
     assert "seeds 0 to 99" in run_notebook(name, **LONG[name]).text
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_notebook_runs_and_prints_what_it_says(name):
     cells = run_notebook(name, **SHORT[name]).cells
@@ -105,7 +105,7 @@ def test_a_slip_is_shown_as_one_sentence_without_internals(tmp_path):
     assert "s4s_core/" not in done.stderr
 
 
-@pytest.mark.notebook
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters", "sentence"),
     [

@@ -45,6 +45,7 @@ def test_pictures_come_from_figures_and_lie_beside_what_they_draw():
         assert figure.with_suffix(".csv").is_file(), f"{figure} lacks the rows that it draws"
 
 
+@pytest.mark.slow
 def test_the_example_learns_a_solver_and_samples_with_it(tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
     monkeypatch.chdir(tmp_path)
