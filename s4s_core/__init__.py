@@ -1,8 +1,8 @@
 """S4S: learn the coefficients and time steps of a diffusion solver (Frankel et al., ICML 2025).
 
 The method is in the files of this folder. Read them in this order: schedule, grid, denoiser,
-solver, published, objective, evaluate, params, setup, teacher, learn. The folders hold the rest:
-models, baselines, experiments, lessons.
+solver, published, objective, evaluate, params, setup, teacher, learn, gauss_newton. The folders
+hold the rest: models, baselines, experiments, lessons.
 """
 
 __version__ = "0.2.0"
@@ -28,6 +28,7 @@ from .evaluate import FeatureStatistics, FeatureSums, feature_sums, frechet_dist
 from .experiments.cache import results_folder
 from .experiments.experiment import Experiment, require_lists, sweep
 from .experiments.run import Result, initial_solver, learning_seconds, run, run_all
+from .gauss_newton import learn_gauss_newton
 from .grid import (
     GRIDS,
     LearnedGrid,

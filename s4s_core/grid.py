@@ -22,12 +22,17 @@ class TimeGrid:
     t_model  (N+1,) float64, the times passed to the network, t by default (decoupled steps of
              App. E.2 have others)
 
+    scale    (N,) float64, what x is multiplied by before each call: 1 by default. A call at a time
+             other than the step's may want x in the scale of that time: so the first call need not
+             be wasted on noise (elsewhere "analytic first step")
+
     Raises UsageError unless t falls strictly from schedule.T to schedule.t_min.
     """
 
     schedule: NoiseSchedule
     t: Tensor
     t_model: Tensor = None  # type: ignore[assignment]  # t by default
+    scale: Tensor = None  # type: ignore[assignment]  # ones by default
 
     def __post_init__(self):
         if self.t_model is None:
@@ -40,6 +45,13 @@ class TimeGrid:
             )
         if not (t.isfinite().all() and t_model.isfinite().all() and (t_model > 0).all()):
             raise UsageError(f"grid times must be finite and positive, not {t_model.tolist()}")
+        if self.scale is None:
+            object.__setattr__(self, "scale", torch.ones_like(t[:-1]))
+        scale = self.scale.detach()
+        if scale.shape != t[1:].shape or not (scale.isfinite().all() and (scale > 0).all()):
+            raise UsageError(
+                f"scale must be {len(t) - 1} finite numbers above 0, not {scale.tolist()}"
+            )
         if not (t[1:] < t[:-1]).all():
             raise UsageError(f"grid times must fall strictly, not {t.tolist()}")
         ends = torch.tensor([self.schedule.T, self.schedule.t_min], dtype=t.dtype)
@@ -208,6 +220,9 @@ class LearnedGrid:
     xi_c  (N+1,) float64: offsets of the network's times, both ends fixed, the others bounded by
           `offset_fraction` times the smallest gap (E.2)
 
+    first () float64 or None: lam of the first call, which is at T without. x_T is scaled to it: at
+          T itself there is nothing but noise to see, and a call spent there is nearly wasted
+
     `variable` is what the rescaling is linear in: "lam" (Tong et al. 2024 for pixel models) or
     "t" (as App. E prints it).
     """
@@ -217,6 +232,7 @@ class LearnedGrid:
     xi_c: Tensor
     variable: str = "lam"
     offset_fraction: float = 0.5
+    first: Tensor | None = None
 
     @classmethod
     def start_at(
@@ -229,7 +245,11 @@ class LearnedGrid:
         gaps = u.diff().abs()
         # The rescaling cancels the last entry of softmax(xi); 0 keeps it out of the way.
         xi = torch.cat([(gaps / gaps.mean()).log(), gaps.new_zeros(1)])
-        return cls(grid.schedule, xi, to_variable(grid.t_model) - u, variable, offset_fraction)
+        moved = bool((grid.t_model[0] != grid.t[0]).item())
+        first = grid.schedule.lam(grid.t_model[0]) if moved else None
+        xi_c = to_variable(grid.t_model) - u
+        xi_c[0] = 0.0
+        return cls(grid.schedule, xi, xi_c, variable, offset_fraction, first)
 
     def grid(self) -> TimeGrid:
         """Return the grid, differentiable in xi and xi_c."""
@@ -248,4 +268,13 @@ class LearnedGrid:
         t, t_model = (
             torch.cat([ends[0], to_time(inner), ends[1]]) for inner in (u[1:-1], u[1:-1] + offset)
         )
-        return TimeGrid(self.schedule, t, t_model)
+        if self.first is None:
+            return TimeGrid(self.schedule, t, t_model)
+        lowest, highest = self.schedule.lam(u.new_tensor([self.schedule.T, self.schedule.t_min]))
+        t_first = self.schedule.t_of_lam(self.first.clamp(lowest, highest))
+        size = [
+            (self.schedule.alpha(at) ** 2 + self.schedule.sigma(at) ** 2).sqrt()
+            for at in (t_first, t[0])
+        ]
+        scale = torch.cat([(size[0] / size[1])[None], torch.ones_like(t[1:-1])])
+        return TimeGrid(self.schedule, t, torch.cat([t_first[None], t_model[1:]]), scale)

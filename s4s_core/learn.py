@@ -160,7 +160,7 @@ def _learn(
     scheme: Scheme | None = None,
 ) -> Iterator[Epoch]:
     """The one loop: `phases` lists which blocks step, and for how many passes."""
-    _check_fit(solver, setup, teacher)
+    check_fit(solver, setup, teacher)
     student = _Student(solver, params, any("phi" in phase for phase, _ in phases), scheme)
     losses = _Losses(student, setup, teacher, params)
     noise = _RelaxedNoise(student, setup, losses, params)
@@ -204,7 +204,7 @@ def _learn(
                 yield Epoch(index, phase, train_loss, valid_loss, moved, now, best, noise.x)
 
 
-def _check_fit(solver: Solver, setup: Setup, teacher: TeacherSet) -> None:
+def check_fit(solver: Solver, setup: Setup, teacher: TeacherSet) -> None:
     """Raise UsageError unless solver, model and pairs belong together."""
     if solver.grid.schedule != setup.schedule:
         raise UsageError(

@@ -1,6 +1,7 @@
 """What is minimised: the distance to the teacher's end point, with a little freedom in x_T."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,25 @@ def feature_distance(activations: Callable[[Tensor], Sequence[Tensor]]) -> Dista
     return distance
 
 
+# A distance that is a sum of squares: |e(x) - e(target)|^2 with x (B, ...) -> e (B, Q).
+Embedding = Callable[[Tensor], Tensor]
+
+
+def pixel_embedding(x: Tensor) -> Tensor:
+    """Return e, (B, Q), for which |e(x) - e(target)|^2 is `l2`."""
+    return x.flatten(1) / x[0].numel() ** 0.5
+
+
+def feature_embedding(activations: Callable[[Tensor], Sequence[Tensor]]) -> Embedding:
+    """Return e for which |e(x) - e(target)|^2 is `feature_distance` of the same activations."""
+
+    def embed(x: Tensor) -> Tensor:
+        layers = (a / a.norm(dim=1, keepdim=True).clamp_min(1e-5) for a in activations(x))
+        return torch.cat([a.flatten(1) / a[0, 0].numel() ** 0.5 for a in layers], 1)
+
+    return embed
+
+
 # The smallest side that each trunk's strides and pools leave something of.
 SMALLEST_SIDE = {"vgg": 16, "squeeze": 17, "alex": 31}
 
@@ -58,6 +78,18 @@ def lpips_distance(
     torchvision's cache ($TORCH_HOME/hub/checkpoints). Raises UsageError if they cannot be had, if
     the `lpips` extra is missing, or for images smaller than the trunk allows.
     """
+    metric, prepare = _lpips(net, resize, device)
+
+    def distance(x: Tensor, target: Tensor) -> Tensor:
+        return metric(prepare(x), prepare(target)).flatten().to(x.dtype)
+
+    return distance
+
+
+def _lpips(
+    net: str, resize: int, device: str | torch.device
+) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """The network of LPIPS, and what makes images ready for it."""
     choose("LPIPS network", net, SMALLEST_SIDE)
     with optional_import("lpips torchvision", "the LPIPS distance (l2 does not)"):
         import lpips
@@ -70,24 +102,39 @@ def lpips_distance(
             "to l2"
         ) from None
 
-    def distance(x: Tensor, target: Tensor) -> Tensor:
-        side = resize or min(x.shape[-2:])
-        if x.ndim != 4 or x.shape[1] not in (1, 3) or side < SMALLEST_SIDE[net]:
+    def prepare(image: Tensor) -> Tensor:
+        side = resize or min(image.shape[-2:])
+        if image.ndim != 4 or image.shape[1] not in (1, 3) or side < SMALLEST_SIDE[net]:
             raise UsageError(
                 f"LPIPS {net!r} needs images of 1 or 3 channels and at least {SMALLEST_SIDE[net]} "
-                f"pixels a side, not {tuple(x.shape[1:])}: give lpips_resize, another lpips_net, "
-                "or distance l2"
+                f"pixels a side, not {tuple(image.shape[1:])}: give lpips_resize, another "
+                "lpips_net, or distance l2"
             )
+        image = image.float().expand(-1, 3, -1, -1)
+        if not resize:
+            return image
+        return torch.nn.functional.interpolate(image, size=(resize, resize), mode="bilinear")
 
-        def prepare(image: Tensor) -> Tensor:
-            image = image.float().expand(-1, 3, -1, -1)
-            if not resize:
-                return image
-            return torch.nn.functional.interpolate(image, size=(resize, resize), mode="bilinear")
+    return metric, prepare
 
-        return metric(prepare(x), prepare(target)).flatten().to(x.dtype)
 
-    return distance
+def lpips_embedding(
+    net: str = "vgg", resize: int = 0, device: str | torch.device = "cpu"
+) -> Embedding:
+    """Return e for which |e(x) - e(target)|^2 is `lpips_distance`, which has the same errors."""
+    metric, prepare = _lpips(net, resize, device)
+    # The heads are 1x1 convolutions to one channel, with weights that are not negative.
+    heads = [lin.model[-1].weight for lin in metric.lins]
+
+    def embed(x: Tensor) -> Tensor:
+        layers = metric.net.forward(metric.scaling_layer(prepare(x)))
+        parts = []
+        for layer, head in zip(layers, heads, strict=True):
+            unit = layer / (layer.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            parts.append((unit * head.clamp_min(0).sqrt()).flatten(1) / layer[0, 0].numel() ** 0.5)
+        return torch.cat(parts, 1).to(x.dtype)
+
+    return embed
 
 
 def decoded_distance(distance: Distance, decode: Callable[[Tensor], Tensor]) -> Distance:

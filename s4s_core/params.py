@@ -88,6 +88,9 @@ class Params:
     lpips_resize: int = setting(0, "pixels a side to enlarge to for LPIPS; 0: none", at_least=0)
     gamma: float = setting(0.0242, "r = gamma d m^(-5/2), in units of sigma_T", at_least=0)
     accept_if_better: bool = setting(True, "keep a new x'_T only if its loss fell")
+    # Gauss-Newton
+    newton_batch_size: int = setting(32, "fresh pairs a step", above=0)
+    newton_damping: float = setting(1e-2, "first damping of a step, of the diagonal", above=0)
     # Optimisers
     lr_phi: float = setting(1e-2, "rate of the coefficients, a step of Adam", above=0)
     lr_xi: float = setting(5e-3, "rate of the times, a step of RMSprop", above=0)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .errors import UsageError, choose, write_atomically
 from .grid import TimeGrid
-from .schedule import schedule_from_dict
+from .schedule import NoiseSchedule, schedule_from_dict
 
 PREDICTIONS = ("noise", "data")
 AnyTable = TypeVar("AnyTable", bound="Coefficients | SingleStepCoefficients")
@@ -187,7 +187,9 @@ class SingleStepCoefficients:
             torch.cat([torch.cat([u[:-1, None], inner], 1).flatten(), u[-1:]])
             for u in (grid.t, grid.t_model)
         )
-        fine = TimeGrid(schedule, t, t_model)
+        # A scale belongs to the first call of its step; the other stages have none.
+        scale = torch.cat([grid.scale[:, None], torch.ones_like(inner)], 1).flatten()
+        fine = TimeGrid(schedule, t, t_model, scale)
         s = fine.s.unfold(0, k + 1, k)  # (N, k+1), each row one step with both its ends
         noise_form = self.prediction == "noise"
         # amount[:, j] y's share of the evaluations at stage j, of the whole step for j = k
@@ -248,6 +250,53 @@ def _check_finite(name: str, table: Tensor) -> None:
 # --- The loop -------------------------------------------------------------------------------
 
 
+class LoopTable(NamedTuple):
+    """All that the loop multiplies with, the grid worked into the table of a solver.
+
+    a        (N, m), b (N, k), c (N, k+1) or None, d (N, 2) or None: weights of the states y and of
+             the evaluations, whose lengths of step and decay are in them
+    l        (N,) or None, as in `Coefficients`
+    t_model  (N,) times passed to the network, whose input is scale_i x; scale (N,)
+    alpha    (N+1,) at the times of the steps
+    noise_form  whether an evaluation is eps or D
+    """
+
+    schedule: NoiseSchedule
+    noise_form: bool
+    a: Tensor
+    b: Tensor
+    c: Tensor | None
+    d: Tensor | None
+    l: Tensor | None  # noqa: E741
+    t_model: Tensor
+    scale: Tensor
+    alpha: Tensor
+
+
+def loop_table(coefficients: Coefficients | SingleStepCoefficients, grid: TimeGrid) -> LoopTable:
+    """Return what the loop reads; differentiable in the coefficients and the grid."""
+    coefficients, grid = coefficients.as_multistep(grid)
+    s, noise_form = grid.s, coefficients.prediction == "noise"
+    keep = torch.ones_like(s[1:]) if noise_form else s[1:] / s[:-1]
+    gain = s.diff() if noise_form else 1 - keep
+
+    def scaled(factor: Tensor, table: Tensor) -> Tensor:
+        return factor.view(-1, *[1] * (table.ndim - 1)) * table
+
+    return LoopTable(
+        grid.schedule,
+        noise_form,
+        keep[:, None] if coefficients.a is None else scaled(keep, coefficients.a),
+        scaled(gain, coefficients.b),
+        None if coefficients.c is None else scaled(gain, coefficients.c),
+        coefficients.d,
+        coefficients.l,
+        grid.t_model[:-1],
+        grid.scale,
+        grid.schedule.alpha(grid.t),
+    )
+
+
 def trajectory(
     denoiser: Denoiser,
     x_T: Tensor,
@@ -260,25 +309,21 @@ def trajectory(
     x_T, the coefficients and the grid. Where `send` takes the place of `next`, the solver goes on
     from the point that it is sent instead of its own: so each step can restart from the exact flow.
     """
-    coefficients, grid = coefficients.as_multistep(grid)
-    schedule, s = grid.schedule, grid.s
-    alpha = schedule.alpha(grid.t)
+    return run_loop(denoiser, x_T, loop_table(coefficients, grid))
+
+
+def run_loop(
+    denoiser: Denoiser, x_T: Tensor, table: LoopTable
+) -> Generator[Tensor, Tensor | None, None]:
+    """Yield what `trajectory` yields, from the numbers that it reads; differentiable in them."""
+    schedule, noise_form, a, b, c, d, l, t_model, scale, alpha = table  # noqa: E741
+    a, b = a.to(x_T), b.to(x_T)
+    c, d = (None if w is None else w.to(x_T) for w in (c, d))
     # Decoupled times are also those of the conversion from D to eps (Tong et al. 2024).
-    alpha_model, sigma_model = schedule.alpha(grid.t_model), schedule.sigma(grid.t_model)
-    noise_form = coefficients.prediction == "noise"
-    keep = torch.ones_like(s[1:]) if noise_form else s[1:] / s[:-1]
-    gain = s.diff() if noise_form else 1 - keep
-
-    def scaled(factor: Tensor, table: Tensor) -> Tensor:
-        return (factor.view(-1, *[1] * (table.ndim - 1)) * table).to(x_T)
-
-    a = keep[:, None] if coefficients.a is None else scaled(keep, coefficients.a)
-    b = scaled(gain, coefficients.b)
-    c = None if coefficients.c is None else scaled(gain, coefficients.c)
-    d = None if coefficients.d is None else coefficients.d.to(x_T)
-    of_x, of_D = 1 / sigma_model[:-1], -(alpha_model / sigma_model)[:-1]
-    if coefficients.l is not None:
-        of_x = scaled(of_x, 1 - coefficients.l)
+    sigma_model = schedule.sigma(t_model)
+    x_to_eps, D_to_eps = 1 / sigma_model, -schedule.alpha(t_model) / sigma_model
+    if l is not None:
+        x_to_eps = (x_to_eps.view(-1, *[1] * (l.ndim - 1)) * (1 - l)).to(x_T)
 
     def step(i: int, weights: Tensor, correcting: int) -> Tensor:
         terms = [*zip(a[i], states, strict=False), *zip(weights[i], evaluations, strict=False)]
@@ -291,22 +336,23 @@ def trajectory(
     evaluations: list[Tensor] = []
     x, y = x_T, x_T / alpha[0]
     sent = yield x
-    for i in range(grid.nfe):
+    for i in range(len(b)):
         if sent is not None:
             x, y = sent, sent / alpha[i]
-        evaluation = denoiser(x, grid.t_model[i])
+        seen = scale[i] * x
+        evaluation = denoiser(seen, t_model[i])
         if evaluation.shape != x.shape:
             raise UsageError(
                 f"the denoiser returned shape {tuple(evaluation.shape)} for input "
                 f"{tuple(x.shape)}; it must return an estimate of x_0 of the same shape"
             )
         if noise_form:
-            evaluation = of_x[i] * x + of_D[i] * evaluation
+            evaluation = x_to_eps[i] * seen + D_to_eps[i] * evaluation
         evaluations = [evaluation, *evaluations]
         if i > 0 and c is not None:
             y = step(i - 1, c, 1)
         states = [y, *states][: a.shape[1]]
-        evaluations = evaluations[: coefficients.order]
+        evaluations = evaluations[: b.shape[1]]
         y = step(i, b, 0)
         x = alpha[i + 1] * y
         sent = yield x
@@ -390,6 +436,7 @@ class Solver:
             "schedule": self.grid.schedule.to_dict(),
             "t": self.grid.t.tolist(),
             "t_model": self.grid.t_model.tolist(),
+            "scale": self.grid.scale.tolist(),
             **{n: None if table is None else table.tolist() for n, table in tables.items()},
             "provenance": self.provenance,
         }
@@ -400,15 +447,18 @@ class Solver:
         if not isinstance(entries, dict) or entries.get("format") != FORMAT:
             raise UsageError(f"not a solver: it must be a JSON object with format {FORMAT!r}")
         if entries.get("version") == 1:
-            entries = {"kind": "multistep", "a": None, "l": None, "d": None, **entries}
+            newer = {"kind": "multistep", "a": None, "l": None, "d": None, "scale": None}
+            entries = newer | entries
+        elif entries.get("version") == 2:
+            entries = {"scale": None} | entries
         elif entries.get("version") != VERSION:
             raise UsageError(
                 f"solver of version {entries.get('version')!r}, but this package reads versions "
-                f"1 and {VERSION}: save it again with the package that is installed here"
+                f"1 to {VERSION}: save it again with the package that is installed here"
             )
         kind = str(entries.get("kind"))
         choose("kind of solver", kind, KINDS)
-        needed = {"prediction", "schedule", "t", "t_model", "provenance", *_tables(kind)}
+        needed = {"prediction", "schedule", "t", "t_model", "scale", "provenance", *_tables(kind)}
         missing = needed - set(entries)
         if missing:
             raise UsageError(f"the solver lacks {', '.join(sorted(missing))}")
@@ -420,10 +470,12 @@ class Solver:
             for n in _tables(kind)
         }
         coefficients = KINDS[kind](**tables, prediction=entries["prediction"])
+        scale: Any = entries["scale"]
         grid = TimeGrid(
-            schedule_from_dict(entries["schedule"]),
+            schedule_from_dict(cast(dict, entries["schedule"])),
             _numbers("t", entries["t"]),
             _numbers("t_model", entries["t_model"]),
+            None if scale is None else _numbers("scale", scale),  # type: ignore[arg-type]
         )
         return cls(coefficients, grid, entries["provenance"])
 
@@ -446,7 +498,7 @@ class Solver:
             raise UsageError(f"{path} is not a readable solver file ({error})") from None
 
 
-FORMAT, VERSION = "s4s-solver", 2
+FORMAT, VERSION = "s4s-solver", 3
 KINDS = {"multistep": Coefficients, "single_step": SingleStepCoefficients}
 
 

@@ -59,6 +59,7 @@ def test_pictures_are_nearer_to_the_real_ones_than_noise_of_their_moments(setup)
     assert 0 < 4 * ours < noise
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::torchvision")
 @pytest.mark.parametrize("distance", ["features", "l2", "lpips"])
 def test_learning_lowers_the_loss_of_unseen_noises(distance, request):

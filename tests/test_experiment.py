@@ -460,6 +460,7 @@ CLI = ["-m", "s4s_core", "run", "--dataset", "mixture", "--nfe", "4", "--order",
 CLI += [text for key, value in TINY.items() for text in ("--set", f"{key}={value}")]
 
 
+@pytest.mark.slow
 def test_two_processes_may_write_the_same_result(results):
     processes = [script(results, "", *CLI, "--learn", "coefficients") for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]
@@ -601,6 +602,7 @@ def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
     assert error.value.best.nfe in (2, 3)
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them(tmp_path):
     (tmp_path / "jobs.py").write_text(
         "import time\n"

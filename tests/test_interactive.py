@@ -80,6 +80,7 @@ def test_without_a_front_end_the_picture_of_the_start_stands_alone(front_end, mo
     assert shown == png(point(0.5, 0.25))
 
 
+@pytest.mark.kernel
 def test_in_a_notebook_the_picture_itself_is_replaced():
     cells = [
         "import matplotlib.pyplot as plt\nfrom s4s_core.lessons.interactive import sliders\n"

@@ -415,6 +415,7 @@ def test_kl_decoding_undoes_the_scale(stable_diffusion, monkeypatch):
     assert torch.autograd.gradcheck(lambda x: model.decode(x).mean(), x, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_solver_is_learned_for_a_guided_model_through_its_decoder(stable_diffusion):
     model, schedule = load_stable_diffusion(*stable_diffusion[0]), s4s.VPDiscrete()
     params = s4s.Params(schedule="StableDiffusion", shape=[4, 8, 8], distance="l2", epochs=3)

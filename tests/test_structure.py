@@ -23,7 +23,7 @@ SKIPS = 3
 
 # The reading order: a file of the top level imports those above it, and no folder.
 METHOD = ["errors", "schedule", "grid", "denoiser", "solver", "published", "objective", "evaluate"]
-METHOD += ["params", "setup", "teacher", "learn"]
+METHOD += ["params", "setup", "teacher", "learn", "gauss_newton"]
 # A folder imports the top level, and the folders above it that are named here; inside it, too, a
 # file imports only those above it.
 FOLDERS = {

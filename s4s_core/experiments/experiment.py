@@ -11,6 +11,7 @@ from .. import __version__
 from ..baselines.grid_search import dmn, gits_over
 from ..baselines.learned import learn_bns, learn_generalised
 from ..errors import UsageError, choose
+from ..gauss_newton import learn_gauss_newton
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, learn_alternating, learn_coefficients, learn_jointly, learn_times
 from ..models.zoo import weights
@@ -27,6 +28,7 @@ LEARN: dict[str, Callable[..., Iterator[Epoch]] | None] = {
     "times": learn_times,
     "alternating": learn_alternating,
     "jointly": learn_jointly,
+    "gauss_newton": learn_gauss_newton,
     "bns": learn_bns,
     "generalised": learn_generalised,
 }

@@ -259,7 +259,7 @@ def _learned(
         return solver, 0.0, []
     teacher = _teacher_set(setup, experiment.seed, alt=learn is not learn_coefficients)
     # The rivals whose coefficients follow the current times do so in the authors' own code.
-    follows = experiment.learn in ("times", "generalised")
+    follows = experiment.learn in ("times", "gauss_newton", "generalised")
     scheme = {"scheme": partial(_table, experiment)} if follows else {}
     history, best, began = [], solver, time.perf_counter()
     try:

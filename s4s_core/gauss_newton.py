@@ -1,0 +1,370 @@
+"""Solving for the solver by second order: the objectives of learn.py as small least squares.
+
+A solver has 10 to 50 numbers theta, and the residual e(Psi(x_T)) - e(x_0) is a whole picture, so a
+few dozen Gauss-Newton steps end where thousands of gradient steps only go. The Jacobian is that of
+the one loop in forward mode, with the derivative of the network replaced by a difference of two of
+its answers: nothing is differentiated through the network and no activation is kept. A compiled,
+quantised or remote network will do.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .denoiser import Denoiser
+from .errors import UsageError, choose, progress
+from .grid import LearnedGrid, TimeGrid
+from .learn import Epoch, LearningDivergedError, check_fit
+from .objective import Embedding, feature_embedding, lpips_embedding, pixel_embedding
+from .params import Params
+from .published import Scheme, Table
+from .setup import Setup
+from .solver import Coefficients, LoopTable, Solver, loop_table, run_loop
+from .teacher import TeacherSet
+
+BLOCKS = ("phi", "xi", "first")
+STEPS_AN_EPOCH = 4  # between two looks at the validation pairs
+
+
+def learn_gauss_newton(
+    solver: Solver,
+    setup: Setup,
+    teacher: TeacherSet,
+    seed: int = 0,
+    blocks: Sequence[str] = ("phi", "xi"),
+    scheme: Scheme | None = None,
+    **settings: Any,
+) -> Iterator[Epoch]:
+    """Learn the chosen blocks of `solver` at once, by recursive Gauss-Newton at x'_T = x_T.
+
+    blocks  "phi", the coefficients; "xi", the times of the steps and of the network; "first", the
+            noise level of the first call, which suits tables in data form
+    scheme  coefficients on the current times, which what is learned is added to, as in learn_times
+
+    Every training pair is used once, in batches of newton_batch_size. Yields `Epoch`s, one for
+    every 4 batches. Raises UsageError for a setting that is not read here, a distance that is no
+    sum of squares, and a solver that does not fit the setup; LearningDivergedError where the
+    network's answers are not finite.
+    """
+    for block in blocks:
+        choose("block", block, BLOCKS)
+    reads = {"distance", "lpips_net", "lpips_resize", "sample_batch_size", "grid_variable"}
+    reads |= {"offset_fraction", "newton_batch_size", "newton_damping"}
+    params = setup.params.override_for("learn_gauss_newton", reads, settings)
+    check_fit(solver, setup, teacher)
+    student = _Student(solver, params, blocks, scheme)
+    problem = _Problem(student, setup, teacher, params)
+    train, valid = torch.arange(len(teacher.x_T)).tensor_split([teacher.n_train])
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    batches = order.split(params.newton_batch_size)
+
+    theta = torch.zeros(student.size, dtype=torch.float64)
+    memory, x_T = _Memory(student.size, params.newton_damping), teacher.train[0]
+    best, best_loss = student.solver(theta), problem.loss(theta, valid)
+    if not math.isfinite(best_loss):
+        raise LearningDivergedError("the loss is not finite at the start", best)
+    start_loss = problem.loss(theta, train[: len(valid)])
+    yield Epoch(0, "start", start_loss, best_loss, 0.0, best, best, x_T)
+    losses: list[float] = []
+    for index, batch in enumerate(progress(batches, desc="learning"), start=1):
+        loss, g, G = problem.normal_equations(theta, batch)
+        if not (math.isfinite(loss) and G.isfinite().all()):
+            message = "the network's answers were not finite; this error's .best is the best so far"
+            raise LearningDivergedError(message, best)
+        theta = theta + memory.step(problem, theta, batch, loss, g, G)
+        losses.append(loss)
+        if index % STEPS_AN_EPOCH == 0 or index == len(batches):
+            now, valid_loss = student.solver(theta), problem.loss(theta, valid)
+            if valid_loss < best_loss:
+                best_loss, best = valid_loss, now
+            epoch, mean = -(-index // STEPS_AN_EPOCH), sum(losses) / len(losses)
+            yield Epoch(epoch, "newton", mean, valid_loss, 0.0, now, best, x_T)
+            losses = []
+
+
+# --- The step -------------------------------------------------------------------------------
+
+
+class _Memory:
+    """The forgetting sum of the quadratic models of the loss, one of each batch, and the damping.
+
+    The model of a batch at theta_0, the mean of |r + J (theta - theta_0)|^2, is kept as
+    theta' S theta + 2 c' theta. Models that are far back, or that were made where the loss was not
+    quadratic, are forgotten.
+    """
+
+    def __init__(self, size: int, damping: float):
+        self.S = torch.zeros(size, size, dtype=torch.float64)
+        self.c = torch.zeros(size, dtype=torch.float64)
+        self.damping, self.trust, self.count = damping, 1.0, 0
+
+    def step(
+        self, problem: "_Problem", theta: Tensor, batch: Tensor, loss: float, g: Tensor, G: Tensor
+    ) -> Tensor:
+        """Take up the batch's model; return the damped step that its own loss bears out."""
+        i = self.count
+        self.count += 1
+        keep = 0.0 if i == 0 else min(0.95, (i + 1) / (i + 5)) * min(max(self.trust, 0.1), 1.0)
+        self.S, self.c = keep * self.S + G, keep * self.c + g - G @ theta
+        best, step = loss, torch.zeros_like(theta)
+        for _ in range(4):
+            diagonal = self.S.diagonal()
+            damped = self.S + self.damping * torch.diag(diagonal + 1e-12 * diagonal.max())
+            trial = -torch.linalg.lstsq(damped, self.S @ theta + self.c).solution
+            new = problem.loss(theta + trial, batch)
+            expected = -(2 * g @ trial + trial @ G @ trial).item()
+            # 1 where the loss of the batch fell as its model says.
+            self.trust = 1 - abs(loss - new - expected) / max(abs(expected), 0.05 * loss, 1e-300)
+            if new < best:
+                best, step = new, trial
+            # Past models may ask for a step that this batch alone would not take.
+            if self.trust > 0.1 or new < 0.98 * loss or (new < 1.1 * loss and i > 3):
+                step = trial
+                break
+            self.damping *= 6
+        factor = 1 / 4 if self.trust > 0.75 else 1 / 2 if self.trust > 0.4 else 2
+        self.damping = min(max(self.damping * factor, 1e-6), 100.0)
+        return step
+
+
+# --- The problem ----------------------------------------------------------------------------
+
+
+class _Student:
+    """theta (m,), zero at the start, as a solver: corrections to a scheme's tables, and times."""
+
+    def __init__(
+        self, solver: Solver, params: Params, blocks: Sequence[str], scheme: Scheme | None
+    ):
+        self.start, self.scheme = solver, scheme or (lambda grid: solver.coefficients)
+        table, N, schedule = self.scheme(solver.grid), solver.grid.nfe, solver.grid.schedule
+        self.grid = LearnedGrid.start_at(solver.grid, params.grid_variable, params.offset_fraction)
+        if "first" in blocks and self.grid.first is None:
+            # At T itself nothing changes with the level; at a tenth of signal something does.
+            first = schedule.lam(schedule.T).clamp_min(-math.log(10))
+            self.grid = replace(self.grid, first=first)
+        self.places: dict[str, Tensor] = {}
+        if "phi" in blocks:
+            tables = {name: getattr(table, name, None) for name in ("b", "a", "c")}
+            multistep = isinstance(table, Coefficients)
+            self.places = {
+                name: _places(name, own, multistep)
+                for name, own in tables.items()
+                if own is not None
+            }
+        self.sizes = {name: places.shape[1] for name, places in self.places.items()}
+        self.sizes |= {"xi": N, "xi_c": N - 1} if "xi" in blocks else {}
+        self.sizes |= {"first": 1} if "first" in blocks else {}
+        self.size = sum(self.sizes.values())
+
+    def table_and_grid(self, theta: Tensor) -> tuple[Table, TimeGrid]:
+        parts = dict(zip(self.sizes, theta.split(list(self.sizes.values())), strict=True))
+        times, zero = self.grid, theta.new_zeros(1)
+        if "xi" in parts:
+            xi_c = times.xi_c + torch.cat([zero, parts["xi_c"], zero])
+            times = replace(times, xi=times.xi + torch.cat([parts["xi"], zero]), xi_c=xi_c)
+        if "first" in parts and times.first is not None:
+            times = replace(times, first=times.first + parts["first"][0])
+        grid = times.grid() if {"xi", "first"} & {*parts} else self.start.grid
+        table = self.scheme(grid)
+        learned: dict[str, Any] = {
+            name: getattr(table, name).index_put(tuple(places), parts[name], accumulate=True)
+            for name, places in self.places.items()
+        }
+        return replace(table, **learned), grid
+
+    def solver(self, theta: Tensor) -> Solver:
+        with torch.no_grad():
+            return Solver(*self.table_and_grid(theta), self.start.provenance)
+
+    def numbers(self, theta: Tensor) -> LoopTable:
+        return loop_table(*self.table_and_grid(theta))
+
+
+def _places(name: str, table: Tensor, multistep: bool) -> Tensor:
+    """Indices (dims, n) of the entries of a table that the solver uses."""
+    used = torch.ones(table.shape[:2] if multistep else table.shape, dtype=torch.bool)
+    if multistep:
+        used = used.tril(1 if name == "c" else 0)
+        if name == "c":
+            used[-1] = False
+    elif name == "a":
+        used = used.tril(-1)
+    elif name == "c":
+        used[:, 0] = False
+    return used.expand(table.shape).nonzero().T
+
+
+class _Problem:
+    """r(theta) = e(Psi_theta(x_T)) - e(x_0) over pairs of the teacher set."""
+
+    def __init__(self, student: _Student, setup: Setup, teacher: TeacherSet, params: Params):
+        self.student, self.setup, self.seeds = student, setup, teacher.seeds
+        self.x_T, self.x_0 = teacher.x_T.to(setup.device), teacher.x_0.to(setup.device)
+        self.embed, self.rows = _embedding(setup, params), params.sample_batch_size
+        # Of x, in units of its size, and of t: above what the network rounds, below what it bends.
+        self.step = 3e-3 if params.precision == "float32" else 3e-2
+
+    def loss(self, theta: Tensor, pairs: Tensor) -> float:
+        """Return the mean distance; infinite where theta is no solver, as when times meet."""
+        total = 0.0
+        try:
+            with torch.no_grad():
+                table = self.student.numbers(theta)
+                for part in pairs.split(self.rows):
+                    x = _end(self._network(part), self.x_T[part], table)
+                    total += (self.embed(x) - self.embed(self.x_0[part])).square().sum().item()
+        except UsageError:
+            return math.inf
+        return total / len(pairs) if math.isfinite(total) else math.inf
+
+    def normal_equations(self, theta: Tensor, pairs: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Return |r|^2, J' r and J' J, each its mean over the pairs.
+
+        Network calls are spent on derivatives in the numbers that the loop reads; the chain rule
+        from these to theta is a small matrix, so that a step in all times costs no call of its own.
+        """
+        with torch.no_grad():
+            table = self.student.numbers(theta)
+        read = [name for name in _READ if getattr(table, name) is not None]
+        sizes = [getattr(table, name).numel() for name in read]
+
+        def flat(theta: Tensor) -> Tensor:
+            numbers = self.student.numbers(theta)
+            return torch.cat([getattr(numbers, name).flatten() for name in read])
+
+        chain = torch.autograd.functional.jacobian(flat, theta)
+        chain = chain[active := chain.abs().sum(1) > 0]
+        if not len(chain):  # everything that is learned stands at its bound
+            return self.loss(theta, pairs), theta * 0, torch.outer(theta, theta) * 0
+        columns = torch.eye(len(active), dtype=theta.dtype)[:, active]
+
+        def moved(step: Tensor) -> LoopTable:
+            parts = (columns @ step).split(sizes)
+            numbers = {name: getattr(table, name) for name in read}
+            new = zip(numbers.items(), parts, strict=True)
+            return table._replace(**{n: v + part.view(v.shape) for (n, v), part in new})
+
+        loss, g, G = 0.0, torch.zeros_like(theta), torch.zeros(2 * theta.shape, dtype=theta.dtype)
+        for part in pairs.split(max(1, self.rows // len(chain))):
+            network, x_T = _black_box(self._network(part), self.step), self.x_T[part]
+
+            def embedded(step: Tensor, network=network, x_T=x_T) -> tuple[Tensor, Tensor]:
+                e = self.embed(_end(network, x_T, moved(step)))
+                return e, e
+
+            # The attention that has a forward derivative on every device, for the embedding.
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                J, e = torch.func.jacfwd(embedded, has_aux=True)(theta.new_zeros(len(chain)))
+                r = (e - self.embed(self.x_0[part])).double().flatten().cpu()
+                J = J.double().flatten(0, 1).cpu() @ chain
+            loss, g, G = loss + r.square().sum().item(), g + J.T @ r, G + J.T @ J
+        return loss / len(pairs), g / len(pairs), G / len(pairs)
+
+    def _network(self, pairs: Tensor) -> Denoiser:
+        """D(x, t) for x (k B, ...), k copies of these B pairs one after the other."""
+        if self.setup.condition is None:
+            return self.setup.denoiser
+        assert self.seeds is not None  # check_fit
+        condition, denoiser = self.setup.condition(self.seeds[pairs].tolist()), self.setup.denoiser
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            copies = len(x) // len(condition)
+            rows: Any = condition.repeat(copies, *[1] * (condition.ndim - 1))
+            return denoiser(x, t, rows)  # type: ignore[call-arg]
+
+        return denoise
+
+
+_READ = ("a", "b", "c", "t_model", "scale", "alpha")
+
+
+def _end(denoiser: Denoiser, x_T: Tensor, table: LoopTable) -> Tensor:
+    *_, x_0 = run_loop(denoiser, x_T, table)
+    return x_0
+
+
+def _embedding(setup: Setup, params: Params) -> Embedding:
+    """e, with |e(x) - e(x_0)|^2 the distance that `params` name, of decoded samples."""
+    if params.distance == "l2":
+        embed: Embedding = pixel_embedding
+    elif params.distance == "lpips":
+        embed = lpips_embedding(params.lpips_net, params.lpips_resize, setup.device)
+    elif params.distance == "features" and setup.activations is not None:
+        embed = feature_embedding(setup.activations)
+    else:
+        raise UsageError(
+            f"the distance {params.distance} of {setup.name} is no sum of squares, so it cannot "
+            "be lowered here: choose l2"
+        )
+    return lambda x: embed(setup.decode(x))
+
+
+# --- The derivative of a network that is only called ------------------------------------------
+
+
+def _black_box(network: Denoiser, step: float) -> Denoiser:
+    """The same network, with a forward derivative by differences for `torch.func.jacfwd`."""
+
+    def differences(x: Tensor, t: Tensor, D: Tensor, dx: Tensor, dt: Tensor) -> Tensor:
+        """dx (P, B, ...), dt (P,) -> dD (P, B, ...); a tangent of zero costs no call."""
+        dD, sizes = torch.zeros_like(dx), dx.flatten(1).square().mean(1).sqrt()
+        if len(live := sizes.nonzero()[:, 0]):
+            h = (step * x.square().mean().sqrt() / sizes[live]).view(-1, *[1] * x.ndim)
+            moved = network((x + h * dx[live]).flatten(0, 1), t)
+            dD[live] = (moved.view(len(live), *x.shape) - D) / h
+        if dt.any():
+            h = -step * t  # towards the data, so that no time is above T
+            dD = dD + dt.view(-1, *[1] * x.ndim).to(x) * ((network(x, t + h) - D) / h)
+        return dD
+
+    return lambda x, t: _BlackBox.apply(x, t, network, differences)
+
+
+class _BlackBox(torch.autograd.Function):
+    """D = network(x, t), and what torch needs to know of its derivative."""
+
+    @staticmethod
+    def forward(x, t, network, differences):
+        return network(x, t)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, t, _, ctx.differences = inputs
+        ctx.save_for_forward(x, t, output)
+
+    @staticmethod
+    def jvp(ctx, dx, dt, *_):
+        x, t, D = ctx.saved_tensors
+        dx = torch.zeros_like(x) if dx is None else dx
+        dt = torch.zeros_like(t) if dt is None else dt
+        return _Differences.apply(x, t, D, dx, dt, ctx.differences)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        raise NotImplementedError("x and t themselves are the same for all tangents")
+
+
+class _Differences(torch.autograd.Function):
+    """dD for one tangent, or under vmap for all of them in one call of the network."""
+
+    @staticmethod
+    def forward(x, t, D, dx, dt, differences):
+        return differences(x, t, D, dx[None], dt[None])[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, x, t, D, dx, dt, differences):
+        dx, dt = (
+            v.expand(info.batch_size, *v.shape) if dim is None else v.movedim(dim, 0)
+            for v, dim in ((dx, in_dims[3]), (dt, in_dims[4]))
+        )
+        return differences(x, t, D, dx, dt), 0
