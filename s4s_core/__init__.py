@@ -91,10 +91,13 @@ from .schedule import EDM, NoiseSchedule, RectifiedFlow, VPDiscrete, VPLinear, V
 from .setup import Setup
 from .solver import (
     Coefficients,
+    LoopTable,
     SingleStepCoefficients,
     Solver,
     consistent,
     count_parameters,
+    loop_table,
+    run_loop,
     trajectory,
 )
 from .teacher import TeacherSet, initial_noise, make_teacher_set, sample_batches
