@@ -53,9 +53,13 @@ tests() {
     failed=
     $python -m ruff check . || failed="$failed lint"
     $python -m ruff format --check --quiet . || failed="$failed format"
-    $python -m mypy || failed="$failed types"
+    types=$(mktemp)
+    $python -m mypy >"$types" 2>&1 & # beside the tests: it takes a minute where nothing is cached
+    checker=$!
     # A process for each core; one that is done takes over tests of another.
     $python -m pytest -n auto --dist worksteal "$@" || failed="$failed tests"
+    wait $checker || { failed="$failed types"; cat "$types" >&2; }
+    rm -f "$types"
     [ -z "$failed" ] || die "failed:$failed"
 }
 

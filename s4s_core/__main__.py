@@ -1,6 +1,7 @@
 """The command `s4s`, or `python -m s4s_core`: run an experiment, fetch files, list names."""
 
 import argparse
+import os
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -62,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = vars(parser.parse_args(arguments))
     try:
         given.pop("command")(**given)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UsageError, LearningDivergedError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -98,7 +101,7 @@ def _fetch(dataset: str) -> None:
 
 
 def _list(what: str) -> None:
-    print("\n".join(_LISTS[what]()))
+    print("\n".join(_LISTS[what]()), flush=True)
 
 
 def _settings() -> list[str]:
