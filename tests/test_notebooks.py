@@ -147,7 +147,7 @@ def test_experiments_share_one_grammar_of_parameters(name):
     assert not {"rounds", "n_train", "n_train_alt"} & set(names)
 
 
-def test_the_papers_settings_are_those_of_its_models(monkeypatch):
+def test_the_papers_settings_are_those_of_its_models():
     """`-p dataset ffhq` means the paper's settings; the digits' usual preset is short."""
     assert s4s.settings_for("ffhq") == {} == s4s.settings_for("cifar10")
     assert s4s.settings_for("digits")["epochs"] < s4s.load_params("digits").epochs

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from test_tables import ROWS
 
 from s4s_core.experiments import plot
 from s4s_core.grid import GRIDS, LearnedGrid
@@ -193,13 +194,6 @@ def test_style_stays_local():
     assert dict(matplotlib.rcParams) == before
 
 
-ROWS = [
-    {"method": m, "order": k, "nfe": n, "seed": seed, "frechet": float(k + n + seed)}
-    for m in ("S4S", "none") for k in (3, 4) for n in (4, 6) for seed in (0, 1)
-    if (m, k, n) != ("none", 4, 4)
-]  # fmt: skip
-
-
 def test_a_logarithmic_axis_of_x_has_room_for_zero():
     rows = [{"r": r, "frechet": 1.0, "solver": "ipndm"} for r in (0.0, 0.00637, 0.0637, 0.637)]
     ax = plot.plot_metric(rows, x="r", log_x=True)
@@ -273,20 +267,6 @@ def test_a_line_style_of_its_own_leaves_the_colour_to_by():
     looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
     assert looks["ipndm, none"][0] == looks["ipndm, coefficients"][0] != looks["unipc, none"][0]
     assert looks["ipndm, none"][1] == looks["unipc, none"][1] != looks["unipc, coefficients"][1]
-
-
-def runs(method: str, nfe: int, *values: float, **keys) -> list[dict]:
-    return [
-        {
-            "method": method,
-            "nfe": nfe,
-            "seed": seed,
-            "frechet": value,
-            "seconds": 10.0 * nfe,
-            **keys,
-        }
-        for seed, value in enumerate(values)
-    ]
 
 
 def test_several_tables_share_one_colour_scale():
