@@ -36,15 +36,15 @@ def _times(t: Tensor, x: Tensor) -> Tensor:
 
 
 def from_denoiser(network: Network, schedule: NoiseSchedule) -> Denoiser:
-    """Return a denoiser made of network(x, t (B,)) -> x_0."""
-    return _Denoiser(lambda x, t: network(x, _times(t, x)), schedule)
+    """Return a denoiser made of network(x, t (B,)) -> x_0.
+
+    What follows x and t, a condition, is passed on to the network; so it is by the functions below.
+    """
+    return _Denoiser(lambda x, t, *condition: network(x, _times(t, x), *condition), schedule)
 
 
 def from_noise_prediction(network: Network, schedule: NoiseSchedule) -> Denoiser:
-    """Return a denoiser made of network(x, t (B,)) -> eps: D = (x - sigma eps) / alpha.
-
-    What follows x and t, a condition, is passed on to the network.
-    """
+    """Return a denoiser made of network(x, t (B,)) -> eps: D = (x - sigma eps) / alpha."""
 
     def denoise(x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
         eps = network(x, _times(t, x), *condition)
@@ -60,9 +60,10 @@ def from_velocity(network: Network, schedule: NoiseSchedule) -> Denoiser:
     velocity is another quantity: `from_flow`.
     """
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        return (alpha * x - sigma * network(x, _times(t, x))) / (alpha**2 + sigma**2)
+        v = network(x, _times(t, x), *condition)
+        return (alpha * x - sigma * v) / (alpha**2 + sigma**2)
 
     return _Denoiser(denoise, schedule)
 
@@ -71,13 +72,13 @@ def from_flow(network: Network, schedule: NoiseSchedule) -> Denoiser:
     """Return a denoiser made of network(x, t (B,)) -> eps - x_0.
 
     On RectifiedFlow that is the velocity dx/dsigma. D = (x - sigma (eps - x_0)) / (alpha + sigma).
-    Where time runs from noise to data (Lipman et
-    al. 2023), give the network 1 - t and turn the sign of its answer.
+    Where time runs from noise to data (Lipman et al. 2023), give the network 1 - t and turn the
+    sign of its answer.
     """
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        return (x - sigma * network(x, _times(t, x))) / (alpha + sigma)
+        return (x - sigma * network(x, _times(t, x), *condition)) / (alpha + sigma)
 
     return _Denoiser(denoise, schedule)
 
@@ -99,7 +100,9 @@ def guided(
         if scale == 1:
             return network(x, t, **rows[1])
         both = {k: torch.cat([rows[0][k], rows[1][k]]) for k in conditional}
-        u, c = network(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        # A time that all samples share stays one, which a network need embed only once.
+        times = t[:1].expand(2 * n) if t.stride(0) == 0 else torch.cat([t, t])
+        u, c = network(torch.cat([x, x]), times, **both).chunk(2)
         return u + scale * (c - u)
 
     return predict

@@ -361,7 +361,7 @@ def test_guidance_is_one_call_of_both_halves_and_none_at_scale_one():
     for scale, calls in ((1.0, [3]), (7.5, [6]), (0.0, [6])):
         sizes.clear()
         model = LatentModel(network, decode=None, null=null)
-        result = guided_network(model, scale)(x, t, c)
+        result = guided_network(model.network, model.null, scale)(x, t, c)
         torch.testing.assert_close(result, half + scale * (one - half))
         assert sizes == calls
 
@@ -370,7 +370,7 @@ def test_guidance_is_that_of_the_model(imagenet):
     path, *_, table = imagenet
     x, c = torch.randn(2, 3, 8, 8), table[[5, 9]][:, None]
     model = load_imagenet(path)
-    plain, strong = guided_network(model, 1.0), guided_network(model, 2.0)
+    plain, strong = (guided_network(model.network, model.null, scale) for scale in (1.0, 2.0))
     eps, null = (plain(x, TIME, e) for e in (c, table[[1000, 1000]][:, None]))
     expected = null + 2.0 * (eps - null)
     torch.testing.assert_close(strong(x, TIME, c), expected, rtol=1e-4, atol=1e-5)
@@ -423,7 +423,7 @@ def test_a_solver_is_learned_for_a_guided_model_through_its_decoder(stable_diffu
     params = params.override(batch_size=3, rematerialize=True)
     setup = s4s.Setup(
         "tiny",
-        s4s.from_noise_prediction(guided_network(model, 7.5), schedule),
+        s4s.from_noise_prediction(guided_network(model.network, model.null, 7.5), schedule),
         schedule,
         (4, 8, 8),
         params,

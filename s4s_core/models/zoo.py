@@ -1,7 +1,7 @@
 """Models by name: `load("digits")` returns a denoiser, its schedule and its settings."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from .mixture import GaussianMixture
 from .networks import (
     Classifier,
     LatentModel,
+    SmallDenoiser,
     digits_data,
     load_edm,
     load_imagenet,
@@ -166,14 +167,26 @@ def _bundled(
     params: Params,
     device: str,
 ) -> Setup:
-    """A small model that is bundled with the package, as are the two classifiers that judge it."""
+    """A small model that is bundled with the package, as are the two classifiers that judge it.
+
+    If the network knows classes, successive seeds take them in turn.
+    """
     network, *judges = (load_network(path).to(device) for path in paths)
     classifier, perceptual = (cast(Classifier, judge) for judge in judges)
+    classes, condition, null = cast(SmallDenoiser, network).config["classes"], None, None
+    if classes:
+        null = torch.tensor([classes], device=device)
+
+        def condition(seeds: Sequence[int]) -> Tensor:
+            return torch.tensor([seed % classes for seed in seeds], device=device)
+
+    predict = guided_network(network, null, params.guidance)
     return _setup(
         name,
         params,
         device,
-        denoiser=from_denoiser(network, NAMED_SCHEDULES[params.schedule]),
+        denoiser=from_denoiser(predict, NAMED_SCHEDULES[params.schedule]),
+        condition=condition,
         features=lambda x: classifier.features(x.float()),
         features_name=f"{name} classifier, {classifier.head.in_features} features",
         data=data,
@@ -229,26 +242,29 @@ def _latent(
         name,
         params,
         device,
-        denoiser=from_noise_prediction(guided_network(model, params.guidance), schedule),
+        denoiser=from_noise_prediction(
+            guided_network(model.network, model.null, params.guidance), schedule
+        ),
         condition=model.condition,
         decode=model.decode,
         **_judged_by_inception(params, device),
     )
 
 
-def guided_network(model: LatentModel, scale: float) -> Callable[..., Tensor]:
-    """Return eps(x, t, condition) with classifier-free guidance against `model.null`.
+def guided_network(
+    network: Callable[..., Tensor], null: Tensor | None, scale: float
+) -> Callable[..., Tensor]:
+    """Return network(x, t, condition) with classifier-free guidance against the condition `null`.
 
-    For a model without `null` this is `model.network` itself.
+    `null` has one row. For None, where there are no conditions, this is `network` itself.
     """
-    null = model.null
     if null is None:
-        return model.network
+        return network
 
-    def network(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return model.network(x, t, c)
+    def named(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return network(x, t, c)
 
-    return lambda x, t, c: guided(network, {"c": c}, {"c": null}, scale)(x, t)
+    return lambda x, t, c: guided(named, {"c": c}, {"c": null}, scale)(x, t)
 
 
 def _file(place: str, name: str, sha256: str = "") -> Path:

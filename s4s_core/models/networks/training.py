@@ -6,7 +6,7 @@ Two generators train a denoiser or a classifier, and yield one record every few 
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,15 @@ from .unet import SmallDenoiser
 
 
 class Record(NamedTuple):
-    """A point of a training run: steps done, mean loss since the last record, and the network."""
+    """A point of a training run: steps done, mean loss since the last record, and the network.
+
+    `averages` are all running averages that were asked for, the network's own first.
+    """
 
     step: int
     loss: float
     network: nn.Module
+    averages: tuple[nn.Module, ...] = ()
 
 
 # How the bundled networks were trained, where the functions below have other defaults.
@@ -48,9 +52,12 @@ def train_denoiser(
     lr: float = 2e-3,
     warmup: int | None = None,
     cooldown: int | None = None,
-    ema_images: int = 50_000,
+    ema_images: int | Sequence[int] = 50_000,
     flip: bool = False,
     bf16: bool = False,
+    compiled: bool = False,
+    labels: Tensor | None = None,
+    unlabelled: float = 0.1,
     seed: int = 0,
     every: int = 50,
     checkpoint: str | Path = "",
@@ -58,16 +65,20 @@ def train_denoiser(
 ) -> Iterator[Record]:
     """Train D(x, sigma) on `images` (n, C, H, W) in [-1, 1], and yield `Record`s of its average.
 
+    With `labels` (n,) the network is D(x, sigma, label), and a share `unlabelled` of the images is
+    shown without its class, for classifier-free guidance (Ho & Salimans 2021).
+
     The recipe is EDM's (Karras et al. 2022, Table 1): ln sigma ~ N(-1.2, 1.2^2), loss weight
     lambda(sigma) = 1 / c_out(sigma)^2, Adam, and an exponential moving average (EMA) of the
-    weights. The half-life of the average is `ema_images` images, and shorter at the start. The
-    learning rate rises over `warmup` steps (None: 500, but at most a tenth of all), stays at `lr`,
-    and falls to zero along a cosine over the last `cooldown` steps (None: over all steps). With
-    `flip` half of the images, chosen at random, are mirrored left to right. With `bf16` the network
-    computes in bfloat16 where torch's autocast deems it safe, on a device that has instructions for
-    it. `unet` are further arguments of `UNet`. A record comes after `every` steps and after the
-    last; its loss is near 1 before training, and its network is the running average itself, not a
-    copy.
+    weights. The half-life of the average is `ema_images` images, and shorter at the start; with
+    several of them there are several averages, and the first is the record's network. The learning
+    rate rises over `warmup` steps (None: 500, but at most a tenth of all), stays at `lr`, and falls
+    to zero along a cosine over the last `cooldown` steps (None: over all steps). With `flip` half
+    of the images, chosen at random, are mirrored left to right. With `bf16` the network computes in
+    bfloat16 where torch's autocast deems it safe, on a device that has instructions for it, and
+    `compiled` by torch.compile, which pays on a GPU. `unet` are further arguments of `UNet`. A
+    record comes after `every` steps and after the last; its loss is near 1 before training, and its
+    network is the running average itself, not a copy.
 
     All random numbers of a step follow from (seed, step) alone. The file `checkpoint` is written at
     every record. If it exists, the run continues from it and ends as if it had never stopped; its
@@ -81,16 +92,20 @@ def train_denoiser(
             "training needs images (n, C, H, W) and at least one step and one image a step, "
             f"not {tuple(images.shape)}, {steps} steps and {batch} images"
         )
+    half_lives = [ema_images] if isinstance(ema_images, int) else list(ema_images)
+    if labels is not None:
+        unet = {"classes": int(labels.max()) + 1, **unet}
     warmup = max(1, min(500, steps // 10) if warmup is None else warmup)
     cooldown = steps if cooldown is None else max(1, min(cooldown, steps))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = SmallDenoiser(images.std().item(), in_channels=images.shape[1], **unet)
     net = net.to(images.device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    emas = [copy.deepcopy(net).eval().requires_grad_(False) for _ in half_lives]
+    forward = torch.compile(net) if compiled else net
     adam = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
-    run = dict(net.config, n=len(images), batch=batch, lr=lr, warmup=warmup, ema_images=ema_images,
-               flip=flip, bf16=bf16, seed=seed)  # fmt: skip
+    run = dict(net.config, n=len(images), batch=batch, lr=lr, warmup=warmup, ema_images=half_lives,
+               flip=flip, bf16=bf16, unlabelled=unlabelled, seed=seed)  # fmt: skip
 
     def history(step: int) -> str:
         """The settings that the first `step` steps depend on, as JSON.
@@ -102,41 +117,48 @@ def train_denoiser(
 
     start = 0
     if checkpoint and Path(checkpoint).exists():
-        start, loss = _restore(checkpoint, history, net, ema, adam)
-        yield Record(start, loss, ema)
-    losses: list[float] = []
+        start, loss = _restore(checkpoint, history, net, emas, adam)
+        yield Record(start, loss, emas[0], tuple(emas))
+    losses: list[Tensor] = []
     for step in progress(range(start, steps), desc="training", initial=start, total=steps):
         rise = min((step + 1) / warmup, 1.0)
         fallen = max(0, step - (steps - cooldown)) / cooldown
         adam.param_groups[0]["lr"] = lr * rise * 0.5 * (1 + math.cos(math.pi * fallen))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + step)
-            x_0 = _mirrored(images[torch.randint(len(images), (batch,))], flip)
+            index = torch.randint(len(images), (batch,), device=images.device)
+            x_0, label = _mirrored(images[index], flip), None
+            if labels is not None:
+                hidden = torch.rand(batch, device=images.device) < unlabelled
+                label = labels[index].masked_fill(hidden, net.config["classes"])
             with _bfloat16(images.device, bf16):
-                objective = _denoising_loss(net, x_0)
+                objective = _denoising_loss(forward, x_0, label, net.sigma_data)
         adam.zero_grad()
         objective.backward()
         adam.step()
         # EDM, Table 7: the half-life is at most 5 % of the images seen so far.
-        decay = 0.5 ** (batch / min(ema_images, 0.05 * batch * (step + 1)))
-        for average, weight in zip(ema.parameters(), net.parameters(), strict=True):
-            average.lerp_(weight.detach(), 1 - decay)
-        losses.append(objective.item())
+        for ema, half_life in zip(emas, half_lives, strict=True):
+            decay = 0.5 ** (batch / min(half_life, 0.05 * batch * (step + 1)))
+            weights = [weight.detach() for weight in net.parameters()]
+            torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
+        losses.append(objective.detach())
         if (step + 1) % every == 0 or step + 1 == steps:
-            mean = sum(losses) / len(losses)
+            mean = torch.stack(losses).double().mean().item()
             if checkpoint:
                 text = {"run": history(step + 1), "step": str(step + 1), "loss": repr(mean)}
-                _save_checkpoint(checkpoint, text, net, ema, adam)
-            yield Record(step + 1, mean, ema)
+                _save_checkpoint(checkpoint, text, net, emas, adam)
+            yield Record(step + 1, mean, emas[0], tuple(emas))
             losses = []
 
 
-def _denoising_loss(net: SmallDenoiser, x_0: Tensor) -> Tensor:
+def _denoising_loss(
+    net: Callable[..., Tensor], x_0: Tensor, label: Tensor | None, sigma_data: float
+) -> Tensor:
     """EDM Eq. (2) with the weights lambda(sigma): the mean over images, pixels and noise levels."""
-    sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(x_0), 1, 1, 1)).to(x_0)
-    noise = torch.randn(x_0.shape).to(x_0)
-    weight = (sigma**2 + net.sigma_data**2) / (sigma * net.sigma_data) ** 2
-    return (weight * (net(x_0 + sigma * noise, sigma.flatten()) - x_0) ** 2).mean()
+    sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(x_0), 1, 1, 1, device=x_0.device))
+    noise = torch.randn(x_0.shape, device=x_0.device)
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return (weight * (net(x_0 + sigma * noise, sigma.flatten(), label) - x_0) ** 2).mean()
 
 
 def train_classifier(
@@ -172,7 +194,7 @@ def train_classifier(
         adam.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + step)
-            index = torch.randint(len(images), (batch,))
+            index = torch.randint(len(images), (batch,), device=images.device)
             x = _moved(_mirrored(images[index], flip), shift)
             with _bfloat16(images.device, bf16):
                 loss = F.cross_entropy(net.train()(x), labels[index])
@@ -198,7 +220,7 @@ def _mirrored(x: Tensor, flip: bool) -> Tensor:
     """The images; with `flip` a random half of them is mirrored left to right."""
     if not flip:
         return x
-    chosen = torch.rand(len(x), 1, 1, 1).to(x) < 0.5
+    chosen = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
     return torch.where(chosen, x.flip(-1), x)
 
 
@@ -216,12 +238,13 @@ def _save_checkpoint(
     path: str | Path,
     text: dict[str, str],
     net: nn.Module,
-    ema: nn.Module,
+    emas: Sequence[nn.Module],
     adam: torch.optim.Optimizer,
 ) -> None:
     """Save all that a later run needs, as tensors; `text` says which run and step they are of."""
     tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for i, ema in enumerate(emas):
+        tensors |= {f"ema.{i}.{k}": v for k, v in ema.state_dict().items()}
     for i, state in adam.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
     tensors = {k: v.contiguous() for k, v in tensors.items()}
@@ -232,10 +255,10 @@ def _restore(
     path: str | Path,
     history: Callable[[int], str],
     net: nn.Module,
-    ema: nn.Module,
+    emas: Sequence[nn.Module],
     adam: torch.optim.Optimizer,
 ) -> tuple[int, float]:
-    """Load a checkpoint into `net`, `ema` and `adam`; return its number of steps and its loss."""
+    """Load a checkpoint into `net`, `emas` and `adam`; return its number of steps and its loss."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -248,7 +271,7 @@ def _restore(
             "use its settings, or another file"
         )
     tensors = safetensors.torch.load_file(path)
-    for prefix, target in (("net.", net), ("ema.", ema)):
+    for prefix, target in (("net.", net), *((f"ema.{i}.", ema) for i, ema in enumerate(emas))):
         target.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )

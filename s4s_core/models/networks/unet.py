@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import UsageError
+
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Return a group normalisation of at most 8 groups, each of at least 8 channels.
@@ -36,25 +38,32 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class NoiseEmbedding(nn.Module):
-    """The embedding of the noise level, c_noise (B,) -> (B, width).
+    """The embedding of the noise level and, with `classes`, of the class: (B, width).
 
-    Sines and cosines of c_noise pass through an MLP of two layers with SiLU.
+    Sines and cosines of c_noise (B,) pass through an MLP of two layers with SiLU; a row for each
+    class, and a last one for no class, is added between the two.
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, classes: int = 0):
         super().__init__()
         # On the CPU even if the default is "meta", where the first arithmetic imports for seconds.
         frequencies = 1e4 ** -torch.linspace(0, 1, width // 8, device="cpu")
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.layer_1, self.layer_2 = nn.Linear(width // 8 * 2, width), nn.Linear(width, width)
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.3)
 
-    def forward(self, c_noise: Tensor) -> Tensor:
-        """Return the embeddings (B, width) of c_noise (B,)."""
+    def forward(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return the embeddings (B, width) of c_noise (B,) or (1,) and label (B,), if there are."""
         angle = c_noise[:, None] * self.frequencies
         waves = torch.cat([angle.sin(), angle.cos()], dim=1)
-        return F.silu(self.layer_2(F.silu(self.layer_1(waves))))
+        hidden = F.silu(self.layer_1(waves))
+        if self.label is not None:
+            hidden = hidden + self.label(label)
+        return F.silu(self.layer_2(hidden))
 
 
 class Attention(nn.Module):
@@ -76,9 +85,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One residual block: x (B, C_in, H, W), emb (B or 1, E) -> (B, C_out, H', W').
 
-    `resample` is "", "down" or "up" and acts before the first convolution. Every sum of
-    two branches is scaled by sqrt(1/2), which keeps the variance of the activations (EDM, App.
-    F.1).
+    With `row` (B,) the embedding of a sample is that row of emb (R, E). `resample` is "", "down" or
+    "up" and acts before the first convolution. Every sum of two branches is scaled by sqrt(1/2),
+    which keeps the variance of the activations (EDM, App. F.1).
     """
 
     def __init__(
@@ -104,10 +113,13 @@ class Block(nn.Module):
             return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2.0) if self.resample == "up" else x
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, row: Tensor | None = None) -> Tensor:
         """Return the block's answer, (B, C_out, H', W')."""
         h = self.conv_1(self._resample(F.silu(self.norm_1(x))))
-        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
+        modulation = self.scale_shift(emb)
+        if row is not None:
+            modulation = modulation[row]
+        scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm_2(h), scale + 1))
         x = (self._resample(self.skip(x)) + self.conv_2(self.dropout(h))) * math.sqrt(0.5)
         return x if self.attention is None else (x + self.attention(x)) * math.sqrt(0.5)
@@ -120,8 +132,9 @@ class UNet(nn.Module):
     blocks at each resolution, on the way down and again on the way up. `attention` lists the levels
     (0 is the finest) that get self-attention, and `embedding` is the width of the noise embedding.
     With `patch` = p the network sees p x p pixels as one with p^2 times the channels, which is
-    faster by about p^2; the resolutions are then H/p, H/(2p), ... `UNet(**net.config)` rebuilds the
-    network, without its weights.
+    faster by about p^2; the resolutions are then H/p, H/(2p), ... With `classes` the network is
+    told the class of each image, and was taught images of no class too, whose label is `classes`.
+    `UNet(**net.config)` rebuilds the network, without its weights.
     """
 
     def __init__(
@@ -133,6 +146,7 @@ class UNet(nn.Module):
         embedding: int = 128,
         dropout: float = 0.0,
         patch: int = 1,
+        classes: int = 0,
     ):
         super().__init__()
         self.config: dict[str, Any] = dict(
@@ -143,12 +157,13 @@ class UNet(nn.Module):
             embedding=embedding,
             dropout=dropout,
             patch=patch,
+            classes=classes,
         )
 
         def block(c_in: int, c_out: int, level: int, resample: str = "") -> Block:
             return Block(c_in, c_out, embedding, resample, level in attention, dropout)
 
-        self.embedding = NoiseEmbedding(embedding)
+        self.embedding = NoiseEmbedding(embedding, classes)
         self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c = widths[0]
@@ -167,15 +182,29 @@ class UNet(nn.Module):
         # On a CPU this layout makes the 3x3 convolutions 1.5 to 4 times as fast.
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Return F(x, c_noise), (B, in_channels, H, W)."""
-        emb = self.embedding(c_noise)
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return F(x, c_noise, label), (B, in_channels, H, W); label (B,), 0 to `classes`.
+
+        Raises UsageError for labels that the network does not know, and if it needs some.
+        """
+        row = None
+        if (classes := self.config["classes"]) == 0:
+            if label is not None:
+                raise UsageError("this network knows no classes: call it without a label")
+        elif label is None:
+            raise UsageError(
+                f"this network draws images of a class: give each a label, 0 to {classes - 1}, or "
+                f"{classes} for no class"
+            )
+        elif len(c_noise) == 1:  # all classes' embeddings, so that a sample's depends on no batch
+            row, label = label, torch.arange(classes + 1, device=x.device)
+        emb = self.embedding(c_noise, label)
         x, skips = self.conv_in(F.pixel_unshuffle(x, self.config["patch"])), []
         for block in self.down:
-            skips.append(x := block(x, emb))
-        x = self.middle(x, emb)
+            skips.append(x := block(x, emb, row))
+        x = self.middle(x, emb, row)
         for block in self.up:
-            x = block(x if block.resample else torch.cat([x, skips.pop()], dim=1), emb)
+            x = block(x if block.resample else torch.cat([x, skips.pop()], dim=1), emb, row)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(x, self.config["patch"])
 
@@ -208,7 +237,8 @@ class SmallDenoiser(nn.Module):
     x and sigma are those of `precondition`, `sigma_data` is the standard deviation of the data, and
     `unet` are the arguments of `UNet`. The U-Net runs in its own dtype, and the scalings and the
     skip connection in the dtype of x. One sigma for the whole batch is embedded once, which is
-    faster and makes an image independent of its neighbours in the batch.
+    faster and makes an image independent of its neighbours in the batch. With `classes` in `unet`,
+    `label` (B,) are the images' classes.
     """
 
     config: dict[str, Any]
@@ -219,7 +249,7 @@ class SmallDenoiser(nn.Module):
         self.unet = UNet(**unet)
         self.config = dict(sigma_data=self.sigma_data, **self.unet.config)
 
-    def forward(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, label: Tensor | None = None) -> Tensor:
         """Return the denoised images in the shape and dtype of x."""
         dtype = self.unet.conv_in.weight.dtype
 
@@ -227,6 +257,7 @@ class SmallDenoiser(nn.Module):
             scaled = x.to(dtype)
             if len(x) == 1:  # a CPU convolves a single image in another order, and rounds otherwise
                 scaled = scaled.expand(2, -1, -1, -1)
-            return self.unet(scaled, c_noise.to(dtype))[: len(x)]
+            labels = None if label is None else label.expand(len(scaled))
+            return self.unet(scaled, c_noise.to(dtype), labels)[: len(x)]
 
         return precondition(network, x, sigma, self.sigma_data)
