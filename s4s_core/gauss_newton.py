@@ -8,6 +8,7 @@ quantised or remote network will do.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -242,11 +243,11 @@ class _Problem:
         chain = chain[active := chain.abs().sum(1) > 0]
         if not len(chain):  # everything that is learned stands at its bound
             return self.loss(theta, pairs), theta * 0, torch.outer(theta, theta) * 0
-        columns = torch.eye(len(active), dtype=theta.dtype)[:, active]
+        columns = torch.eye(len(active), dtype=theta.dtype)[:, active].to(self.x_T.device)
+        numbers = {name: getattr(table, name).to(self.x_T.device) for name in read}
 
         def moved(step: Tensor) -> LoopTable:
             parts = (columns @ step).split(sizes)
-            numbers = {name: getattr(table, name) for name in read}
             new = zip(numbers.items(), parts, strict=True)
             return table._replace(**{n: v + part.view(v.shape) for (n, v), part in new})
 
@@ -259,8 +260,9 @@ class _Problem:
                 return e, e
 
             # The attention that has a forward derivative on every device, for the embedding.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                J, e = torch.func.jacfwd(embedded, has_aux=True)(theta.new_zeros(len(chain)))
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own
+                J, e = torch.func.jacfwd(embedded, has_aux=True)(columns.new_zeros(len(chain)))
                 r = (e - self.embed(self.x_0[part])).double().flatten().cpu()
                 J = J.double().flatten(0, 1).cpu() @ chain
             loss, g, G = loss + r.square().sum().item(), g + J.T @ r, G + J.T @ J
@@ -309,21 +311,27 @@ def _embedding(setup: Setup, params: Params) -> Embedding:
 
 
 def _black_box(network: Denoiser, step: float) -> Denoiser:
-    """The same network, with a forward derivative by differences for `torch.func.jacfwd`."""
+    """The same network, with a forward derivative by differences for `torch.func.jacfwd`.
+
+    Inside jacfwd all numbers are where x is; the network gets its time on the CPU, as always.
+    """
+
+    def call(x: Tensor, t: Tensor) -> Tensor:
+        return network(x, t.cpu())
 
     def differences(x: Tensor, t: Tensor, D: Tensor, dx: Tensor, dt: Tensor) -> Tensor:
         """dx (P, B, ...), dt (P,) -> dD (P, B, ...); a tangent of zero costs no call."""
         dD, sizes = torch.zeros_like(dx), dx.flatten(1).square().mean(1).sqrt()
         if len(live := sizes.nonzero()[:, 0]):
             h = (step * x.square().mean().sqrt() / sizes[live]).view(-1, *[1] * x.ndim)
-            moved = network((x + h * dx[live]).flatten(0, 1), t)
+            moved = call((x + h * dx[live]).flatten(0, 1), t)
             dD[live] = (moved.view(len(live), *x.shape) - D) / h
         if dt.any():
             h = -step * t  # towards the data, so that no time is above T
-            dD = dD + dt.view(-1, *[1] * x.ndim).to(x) * ((network(x, t + h) - D) / h)
+            dD = dD + dt.view(-1, *[1] * x.ndim).to(x) * ((call(x, t + h) - D) / h)
         return dD
 
-    return lambda x, t: _BlackBox.apply(x, t, network, differences)
+    return lambda x, t: _BlackBox.apply(x, t, call, differences)
 
 
 class _BlackBox(torch.autograd.Function):

@@ -44,6 +44,7 @@ def setting(
 
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+LEARNERS = ("first_order", "gauss_newton")
 DISTANCES = ("l2", "psnr", "lpips", "features")
 
 
@@ -88,7 +89,9 @@ class Params:
     lpips_resize: int = setting(0, "pixels a side to enlarge to for LPIPS; 0: none", at_least=0)
     gamma: float = setting(0.0242, "r = gamma d m^(-5/2), in units of sigma_T", at_least=0)
     accept_if_better: bool = setting(True, "keep a new x'_T only if its loss fell")
-    # Gauss-Newton
+    # The learner of experiments, and Gauss-Newton
+    learner: str = setting("first_order", "by what experiments learn", choices=LEARNERS)
+    free_first_call: bool = setting(False, "gauss_newton moves the level of the first call, too")
     newton_batch_size: int = setting(32, "fresh pairs a step", above=0)
     newton_damping: float = setting(1e-2, "first damping of a step, of the diagonal", above=0)
     # Optimisers

@@ -47,6 +47,9 @@ TINY = {
 }
 
 
+ONE = torch.ones(1, dtype=torch.float64)
+
+
 def tiny(learn: str = "coefficients", settings: dict | None = None, **changed) -> Experiment:
     values = {"dataset": "mixture", "nfe": 4, "order": 2, "learn": learn, **changed}
     return Experiment(**values, settings={**TINY, **(settings or {})})
@@ -209,6 +212,34 @@ def test_learning_keeps_its_history_and_its_best_solver(learn):
     assert [record["index"] for record in result.history] == [0, 1, 2]
     assert result.solver.to_dict()["b"] == best["b"] and result.solver.to_dict()["t"] == best["t"]
     assert result.seconds > 0
+
+
+NEWTON = {"learner": "gauss_newton", "newton_batch_size": 16}
+
+
+@pytest.mark.parametrize("learn", ["coefficients", "times", "jointly"])
+def test_the_learner_is_a_setting_and_moves_the_same_blocks(learn):
+    given = tiny(learn, NEWTON | {"n_train": 32, "n_train_alt": 32})
+    start, result = initial_solver(given), run(given)
+    assert {record["phase"] for record in result.history[1:]} == {"newton"}
+    assert result.history[-1]["valid_loss"] < result.history[0]["valid_loss"]
+    moved = not torch.equal(result.solver.grid.t, start.grid.t)
+    assert moved == (learn != "coefficients") and torch.equal(result.solver.grid.scale[:1], ONE)
+    published = ipndm(result.solver.grid, 2)
+    assert torch.equal(result.solver.coefficients.b, published.b) == (learn == "times")
+
+
+def test_the_first_call_is_free_where_the_settings_say_so():
+    settings = NEWTON | {"free_first_call": True, "n_train_alt": 32}
+    given = tiny("jointly", settings, solver="dpm_solver_pp")
+    assert run(given).solver.grid.scale[0] < 1
+    same = [tiny("coefficients", s) for s in ({}, {"free_first_call": True})]
+    assert torch.equal(*(run(e).solver.coefficients.b for e in same))
+
+
+@pytest.mark.parametrize("learn", ["alternating", "bns", "generalised"])
+def test_what_gauss_newton_does_not_learn_stays_first_order(learn):
+    assert tiny(learn, NEWTON).learner is tiny(learn).learner
 
 
 def test_solver_file_tells_how_it_was_made():

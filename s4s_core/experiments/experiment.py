@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,13 @@ LEARN: dict[str, Callable[..., Iterator[Epoch]] | None] = {
     "times": learn_times,
     "alternating": learn_alternating,
     "jointly": learn_jointly,
-    "gauss_newton": learn_gauss_newton,
+    "gauss_newton": partial(learn_gauss_newton, blocks=("phi", "xi")),
     "bns": learn_bns,
     "generalised": learn_generalised,
 }
+# What Gauss-Newton learns where params name it as the learner; the others are first order always.
+SECOND_ORDER = {"coefficients": ("phi",), "times": ("xi",), "jointly": ("phi", "xi")}
+SECOND_ORDER["gauss_newton"] = ("phi", "xi")
 DPM_SOLVER_V3 = "dpm_solver_v3"  # no entry of SOLVERS: its table needs statistics of the model
 
 
@@ -123,6 +126,16 @@ class Experiment:
                 f"{self.solver} is published up to order {highest}: order {self.order} needs "
                 "learned coefficients (learn = coefficients, alternating or jointly)"
             )
+
+    @property
+    def learner(self) -> Callable[..., Iterator[Epoch]] | None:
+        """The function that learns, or None: one of LEARN, or learn_gauss_newton."""
+        blocks = SECOND_ORDER.get(self.learn, ())
+        if not blocks or self.params.learner == "first_order":
+            return LEARN[self.learn]
+        if self.params.free_first_call and "xi" in blocks:
+            blocks = (*blocks, "first")
+        return partial(learn_gauss_newton, blocks=blocks)
 
     @cached_property
     def params(self) -> Params:

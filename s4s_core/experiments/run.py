@@ -26,7 +26,7 @@ from ..baselines.dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_stat
 from ..errors import progress, write_atomically
 from ..evaluate import frechet_distance
 from ..grid import GRIDS, TimeGrid
-from ..learn import Epoch, LearningDivergedError, learn_coefficients
+from ..learn import Epoch, LearningDivergedError
 from ..models import zoo
 from ..params import Params
 from ..published import SOLVERS, Table, count_steps, table_by_name
@@ -34,7 +34,7 @@ from ..setup import Setup
 from ..solver import Coefficients, Solver
 from ..teacher import TeacherSet, make_teacher_set, sample_batches
 from .cache import cached_tensors
-from .experiment import DPM_SOLVER_V3, LEARN, SEARCHED, Experiment
+from .experiment import DPM_SOLVER_V3, SEARCHED, Experiment
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # imported where used: it takes longer than all of this package
@@ -252,14 +252,14 @@ def _learned(
     experiment: Experiment, setup: Setup, path: Path
 ) -> tuple[Solver, float, list[dict[str, Any]]]:
     """The learned solver, the seconds that took and the history."""
-    solver, learn = initial_solver(experiment), LEARN[experiment.learn]
+    solver, learn = initial_solver(experiment), experiment.learner
     if experiment.solver == DPM_SOLVER_V3:
         return solver, _statistics(setup, experiment.seed)[1], []
     if learn is None:
         return solver, 0.0, []
-    teacher = _teacher_set(setup, experiment.seed, alt=learn is not learn_coefficients)
+    teacher = _teacher_set(setup, experiment.seed, alt=experiment.learn != "coefficients")
     # The rivals whose coefficients follow the current times do so in the authors' own code.
-    follows = experiment.learn in ("times", "gauss_newton", "generalised")
+    follows = isinstance(learn, partial) or experiment.learn in ("times", "generalised")
     scheme = {"scheme": partial(_table, experiment)} if follows else {}
     history, best, began = [], solver, time.perf_counter()
     try:
