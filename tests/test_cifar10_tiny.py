@@ -20,9 +20,19 @@ needs_cifar10 = pytest.mark.skipif(
 LIMITS = {"denoiser": 16e6, "classifier": 2e6, "perceptual": 2e6, "reference": 1e6}
 
 
+SEEDS = range(40_000, 40_020)  # two of each class
+
+
 @pytest.fixture(scope="module")
 def setup():
-    return s4s.load("cifar10_tiny")
+    return s4s.load("cifar10_tiny", guidance=1.0)
+
+
+def draw(setup, seeds, nfe=8):
+    """Samples of these seeds by UniPC on the EDM grid."""
+    grid = s4s.time_edm(setup.schedule, nfe)
+    x_T = s4s.initial_noise(setup, seeds)
+    return s4s.Solver(s4s.unipc(grid, 3), grid).sample(setup.denoiser_for(seeds), x_T)
 
 
 @pytest.mark.parametrize(("name", "limit"), LIMITS.items())
@@ -35,20 +45,21 @@ def test_files_are_small_and_say_how_they_were_made(name, limit):
 
 def test_denoiser_finds_the_noise_on_its_own_pictures(setup, noise):
     """(x - D) / sigma correlates with the noise that was added; hardest where there is little."""
-    x_0 = setup.teacher.sample(setup.denoiser, s4s.initial_noise(setup, range(20_000, 20_016)))
+    seeds = range(20_000, 20_010)
+    denoiser = setup.denoiser_for(seeds)
+    x_0 = setup.teacher.sample(denoiser, s4s.initial_noise(setup, seeds))
     z = noise(1, *x_0.shape).to(x_0)
     for sigma, least in ((0.05, 0.3), (0.2, 0.6), (1.0, 0.9), (20.0, 0.99)):
         x = x_0 + sigma * z
-        found = (x - setup.denoiser(x, torch.tensor(sigma))) / sigma
+        found = (x - denoiser(x, torch.tensor(sigma))) / sigma
         assert torch.corrcoef(torch.stack([found.flatten(), z.flatten()]))[0, 1] > least
 
 
 @pytest.mark.slow
 def test_pictures_are_nearer_to_the_real_ones_than_noise_of_their_moments(setup):
     """Of seeds that nothing was chosen by; the other side has each pixel's mean and spread."""
-    x_T = s4s.initial_noise(setup, range(30_000, 30_400))
     solver = s4s.Solver(s4s.unipc(grid := s4s.time_edm(setup.schedule, 10), 3), grid)
-    drawn = torch.cat([solver.sample(setup.denoiser, x) for x in x_T.split(100)])
+    drawn = torch.cat(list(s4s.sample_batches(solver, setup, range(30_000, 30_300))))
     assert drawn.min() > -2 and drawn.max() < 2
     draw = torch.Generator().manual_seed(0)
     blur = drawn.mean(0) + drawn.std(0) * torch.randn(drawn.shape, generator=draw).to(drawn)
@@ -60,12 +71,76 @@ def test_pictures_are_nearer_to_the_real_ones_than_noise_of_their_moments(setup)
 
 
 @pytest.mark.slow
+def test_it_draws_the_class_that_it_is_told():
+    """By the judge, which is right about 81 % of real pictures; chance is 10 %."""
+    guided = s4s.load("cifar10_tiny")
+    judge = load_network(WEIGHTS / "cifar10_tiny_classifier.safetensors")
+    seeds = range(50_000, 50_060)
+    answers = judge(draw(guided, seeds)).argmax(1)
+    assert (answers == torch.tensor(seeds) % 10).double().mean() > 0.75
+
+
+def test_guidance_is_linear_in_its_scale_and_one_is_none(setup, noise):
+    seeds, t = range(4), torch.tensor(2.0, dtype=torch.float64)
+    x = 2 * noise(0, 4, 3, 32, 32).double()
+    one, two, four = (
+        s4s.load("cifar10_tiny", guidance=w).denoiser_for(seeds)(x, t) for w in (1.0, 2.0, 4.0)
+    )
+    net = load_network(WEIGHTS / "cifar10_tiny_denoiser.safetensors")
+    assert torch.equal(one, net(x, t, torch.tensor(seeds)))
+    torch.testing.assert_close(four - one, 3 * (two - one), rtol=0, atol=2e-5)
+    assert (two - one).abs().max() > 0.01
+
+
+def test_a_seed_has_its_picture_in_any_batch(setup):
+    """Up to the rounding of float32: convolutions of other batches sum in another order."""
+    whole = draw(setup, SEEDS, nfe=3)
+    for part in (range(40_003, 40_004), range(40_003, 40_010)):
+        expected = whole[3 : 3 + len(part)]
+        torch.testing.assert_close(draw(setup, part, nfe=3), expected, rtol=0, atol=1e-5)
+
+
+def test_labels_and_networks_must_fit(setup, noise, one_sentence):
+    x, t = noise(0, 2, 3, 32, 32), torch.tensor(1.0)
+    net = load_network(WEIGHTS / "cifar10_tiny_denoiser.safetensors")
+    with one_sentence("give each a label, 0 to 9, or 10 for no class"):
+        net(x, t)
+    digits = load_network(WEIGHTS / "digits_denoiser.safetensors")
+    with one_sentence("knows no classes", "without a label"):
+        digits(x[:, :1, :8, :8], t, torch.tensor([0, 1]))
+    with one_sentence("say which seeds"):
+        setup.denoiser_for(None)
+
+
+@pytest.mark.slow
+def test_the_flow_draws_the_same_pictures(setup):
+    """From the same noise, but for the noise above sigma = 80 that the flow begins with."""
+    flow = s4s.load("cifar10_flow", guidance=1.0)
+    assert flow.schedule == s4s.RectifiedFlow() and flow.weights == setup.weights
+    one, other = (s.teacher.sample(s.denoiser_for(SEEDS), s4s.initial_noise(s, SEEDS))
+                  for s in (setup, flow))  # fmt: skip
+    assert (one - other).square().mean().sqrt() < 0.05 * one.square().mean().sqrt()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learn", ["coefficients", "jointly"])
+def test_an_experiment_runs_on_the_flow(learn):
+    settings = LEAST | {"guidance": 1.0, "fid_samples": 20, "newton_batch_size": 20}
+    given = s4s.Experiment("cifar10_flow", nfe=3, order=2, learn=learn, settings=settings)
+    result = s4s.run(given)
+    losses = [record["valid_loss"] for record in result.history]
+    assert min(losses[1:]) < losses[0]
+    assert result.features == "cifar10_tiny classifier, 128 features"
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::torchvision")
 @pytest.mark.parametrize("distance", ["features", "l2", "lpips"])
 def test_learning_lowers_the_loss_of_unseen_noises(distance, request):
     if distance == "lpips":
         request.getfixturevalue("squeeze")  # or a reason why not
-    small = s4s.load("cifar10_tiny", batch_size=8, epochs=2, lr_phi=1e-3, distance=distance)
+    settings = dict(batch_size=8, epochs=2, lr_phi=1e-3, distance=distance, guidance=1.0)
+    small = s4s.load("cifar10_tiny", **settings)
     teacher = s4s.make_teacher_set(small, n_train=24, n_valid=12, seed=0)
     grid = s4s.time_logsnr(small.schedule, nfe=3)
     solver = s4s.Solver(s4s.ipndm(grid, order=3), grid)
@@ -79,11 +154,20 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
 
 
+LEAST_HERE = {"epochs": 1, "rounds": 1, "fid_samples": 20, "teacher_nfe": 5, "guidance": 1.0}
+LEAST_HERE |= {"n_train": 8, "n_train_alt": 8, "n_valid": 4, "n_valid_alt": 4, "batch_size": 4}
+ON_PICTURES = {"dataset": "cifar10_tiny", "settings": {"cifar10_tiny": LEAST_HERE}}
+ON_PICTURES |= {"nfes": [3], "seeds": [0]}
+
+
 @pytest.mark.slow
-def test_the_order_ablation_runs_on_it_from_another_folder(here):
-    given = {"dataset": "cifar10_tiny", "settings": {"cifar10_tiny": LEAST}}
-    text = run_notebook("ablation_order", **LONG["ablation_order"] | given).text
-    assert "cifar10_tiny classifier, 128 features" in text and "seeds 0 to 99" in text
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("ablation_order", {"orders": [1, 2]}), ("ablation_radius", {"gammas": [0.0, 1.0]})],
+)
+def test_experiments_run_on_it_from_another_folder(here, name, given):
+    text = run_notebook(name, **LONG[name] | ON_PICTURES | given).text
+    assert "cifar10_tiny classifier, 128 features" in text and "seeds 0 to 19" in text
 
 
 @pytest.mark.slow

@@ -10,11 +10,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..denoiser import from_denoiser, from_noise_prediction, guided, in_precision
+from ..denoiser import (
+    from_denoiser,
+    from_noise_prediction,
+    guided,
+    in_precision,
+    rescheduled,
+)
 from ..errors import UsageError, choose
 from ..evaluate import FeatureStatistics, FeatureSums
 from ..params import PACKAGE, Params, load_params
-from ..schedule import NAMED_SCHEDULES
+from ..schedule import EDM, NAMED_SCHEDULES
 from ..setup import Setup
 from .download import fetch, file_sha256, home
 from .inception import (
@@ -156,8 +162,10 @@ def _bundled_files(name: str, params: Params) -> list[Path]:
 
     These are two classifiers because learning must not see the one that measures.
     """
-    files = (params.checkpoint, f"{name}_classifier.safetensors", f"{name}_perceptual.safetensors")
-    return [WEIGHTS / file for file in files]
+    judges = (
+        params.checkpoint.replace("denoiser", judge) for judge in ("classifier", "perceptual")
+    )
+    return [WEIGHTS / file for file in (params.checkpoint, *judges)]
 
 
 def _bundled(
@@ -169,7 +177,8 @@ def _bundled(
 ) -> Setup:
     """A small model that is bundled with the package, as are the two classifiers that judge it.
 
-    If the network knows classes, successive seeds take them in turn.
+    It was trained on EDM's schedule, and is read on the one that `params` name. If it knows
+    classes, successive seeds take them in turn.
     """
     network, *judges = (load_network(path).to(device) for path in paths)
     classifier, perceptual = (cast(Classifier, judge) for judge in judges)
@@ -180,15 +189,17 @@ def _bundled(
         def condition(seeds: Sequence[int]) -> Tensor:
             return torch.tensor([seed % classes for seed in seeds], device=device)
 
-    predict = guided_network(network, null, params.guidance)
+    family = params.checkpoint.rpartition("_")[0]
+    denoiser = from_denoiser(guided_network(network, null, params.guidance), EDM())
+    schedule = NAMED_SCHEDULES[params.schedule]
     return _setup(
         name,
         params,
         device,
-        denoiser=from_denoiser(predict, NAMED_SCHEDULES[params.schedule]),
+        denoiser=denoiser if schedule == EDM() else rescheduled(denoiser, schedule),
         condition=condition,
         features=lambda x: classifier.features(x.float()),
-        features_name=f"{name} classifier, {classifier.head.in_features} features",
+        features_name=f"{family} classifier, {classifier.head.in_features} features",
         data=data,
         activations=perceptual.activations,
     )
@@ -307,13 +318,15 @@ _LATENT_MODELS: dict[str, Callable[..., LatentModel]] = {
     "imagenet": load_imagenet,
     "ms_coco": load_stable_diffusion,
 }
+_CIFAR10_TINY = _Model(
+    _bundled_files,
+    partial(_bundled, lambda: read_reference(WEIGHTS / "cifar10_tiny_reference.safetensors")),
+)
 _MODELS: dict[str, _Model] = {
     "mixture": _Model(lambda name, params: [], _mixture),
     "digits": _Model(_bundled_files, partial(_bundled, lambda: digits_data()[0])),
-    "cifar10_tiny": _Model(
-        _bundled_files,
-        partial(_bundled, lambda: read_reference(WEIGHTS / "cifar10_tiny_reference.safetensors")),
-    ),
+    "cifar10_tiny": _CIFAR10_TINY,
+    "cifar10_flow": _CIFAR10_TINY,
     **{name: _Model(_edm_files, _edm, True) for name in ("cifar10", "ffhq", "afhqv2")},
     **{
         name: _Model(_latent_files, partial(_latent, load_model), True)

@@ -37,8 +37,9 @@ class Record(NamedTuple):
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {"denoiser": {}, "classifier": {}},
     "cifar10_tiny": {
-        "denoiser": dict(batch=64, lr=1e-3, warmup=300, flip=True, bf16=True, patch=2,
-                         widths=(48, 64, 192), blocks=1, attention=(1, 2), embedding=256),
+        "denoiser": dict(batch=1024, lr=2.5e-3, warmup=500, ema_images=(200_000, 1_000_000),
+                         flip=True, bf16=True, patch=2, widths=(64, 128, 256), blocks=1,
+                         attention=(1, 2), embedding=256),
         "classifier": dict(flip=True, shift=2, bf16=True, dropout=0.1, width=32,
                            deeper=(128, 128), normalize=True),
     },
