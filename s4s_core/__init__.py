@@ -27,7 +27,15 @@ from .errors import UsageError, choose, progress
 from .evaluate import FeatureStatistics, FeatureSums, feature_sums, frechet_distance, merge
 from .experiments.cache import results_folder
 from .experiments.experiment import Experiment, require_lists, sweep
-from .experiments.run import Result, initial_solver, learning_seconds, run, run_all
+from .experiments.run import (
+    Result,
+    initial_solver,
+    learn_on,
+    learning_seconds,
+    run,
+    run_all,
+    sample_errors,
+)
 from .gauss_newton import learn_gauss_newton
 from .grid import (
     GRIDS,
@@ -62,7 +70,7 @@ from .models.inception import (
     to_uint8,
 )
 from .models.mixture import GaussianMixture
-from .models.zoo import load, load_2d
+from .models.zoo import load, load_2d, load_guidances
 from .objective import (
     decoded_distance,
     feature_distance,

@@ -1,8 +1,9 @@
 """Setup: a model, and all that learning a solver for it needs."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -44,6 +45,10 @@ class Setup:
     device: str = "cpu"
     condition: Callable[[Sequence[int]], Tensor] | None = None
     decode: Callable[[Tensor], Tensor] = lambda x: x
+
+    def variant(self, **changes: Any) -> "Setup":
+        """Return a copy with some fields replaced."""
+        return replace(self, **changes)
 
     def denoiser_for(self, seeds: Sequence[int] | None) -> Denoiser:
         """Return D(x, t) for the samples of these seeds, each with the condition that is its own.

@@ -395,7 +395,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, digits):
 @pytest.mark.parametrize("change", [dict(steps=0), dict(batch=0), dict(images=torch.zeros(9, 2))])
 def test_impossible_training_is_told_in_one_sentence(digits, change):
     settings = dict(images=digits[0], steps=2) | change
-    with pytest.raises(UsageError, match=r"training needs images \(n, C, H, W\) and at least"):
+    with pytest.raises(UsageError, match=r"training needs images \(n, C, H, W\) or signals"):
         next(train_denoiser(**settings))
 
 

@@ -33,7 +33,10 @@ LONG = {
     | {"grids": ["edm", "ld3"], "solvers": ["ipndm"], "nfes": [3], "rival_nfes": [3], "target": 3},
     "figure_coefficient_pca": PLANE | {"nfe": 3, "epochs": 1},
     "pictures": {"dataset": "digits", "settings": {"digits": LEAST}, "solvers": ["unipc"]}
-    | {"nfes": [3], "shown": 3, "distances": ["features", "l2"], "n": 4},
+    | {"nfes": [3], "shown": 3, "distances": ["features", "l2"], "n": 4, "seeds": [0], "flow": ""},
+    "beyond_images": {"seeds": [0], "solvers": ["unipc"]}
+    | {"grids": ["logsnr"], "nfes": [3], "exchanged": [3], "order": 2, "shown": 3, "n": 2}
+    | {"settings": {"ecg": LEAST, "digits": LEAST}},
     "figure_samples": {"nfe": 3, "n": 4, "plane_nfe": 3, "settings": SMALL["settings"]},
 }
 SHORT = {

@@ -28,13 +28,11 @@ LEARN: dict[str, Callable[..., Iterator[Epoch]] | None] = {
     "times": learn_times,
     "alternating": learn_alternating,
     "jointly": learn_jointly,
-    "gauss_newton": partial(learn_gauss_newton, blocks=("phi", "xi")),
     "bns": learn_bns,
     "generalised": learn_generalised,
 }
 # What Gauss-Newton learns where params name it as the learner; the others are first order always.
 SECOND_ORDER = {"coefficients": ("phi",), "times": ("xi",), "jointly": ("phi", "xi")}
-SECOND_ORDER["gauss_newton"] = ("phi", "xi")
 DPM_SOLVER_V3 = "dpm_solver_v3"  # no entry of SOLVERS: its table needs statistics of the model
 
 

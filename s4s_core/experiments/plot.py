@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..grid import TimeGrid
     from ..learn import Epoch
     from ..solver import Coefficients
@@ -324,6 +326,44 @@ def show_images(
 
 
 @mpl.rc_context(STYLE)
+def plot_matrix(
+    rows: "Rows", index: str, column: str, value: str, ax: Axes | None = None, worst: float = 5
+) -> Axes:
+    """Draw `value` in a grid of `index` by `column`, each with its number; 1 is as good as can be.
+
+    Colours follow the logarithm, up to `worst`.
+    """
+    ax, records = _axes(ax, (5.2, 4.2)), _records(rows)
+    lines, columns = (list(dict.fromkeys(r[key] for r in records)) for key in (index, column))
+    numbers = np.full((len(lines), len(columns)), np.nan)
+    for r in records:
+        numbers[lines.index(r[index]), columns.index(r[column])] = r[value]
+    colours = np.log(numbers.clip(1 / worst, worst))
+    limit = np.log(worst)
+    ax.imshow(colours, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    for (i, j), number in np.ndenumerate(numbers):
+        ink = "w" if abs(colours[i, j]) > 0.6 * limit else "k"
+        ax.text(j, i, f"{number:.2f}", ha="center", va="center", color=ink)
+    ax.set_xticks(range(len(columns)), [str(c) for c in columns])
+    ax.set_yticks(range(len(lines)), [str(line) for line in lines])
+    ax.set(xlabel=column, ylabel=index)
+    return ax
+
+
+def plot_signals(
+    x: "Tensor", rate: float, scale: float = 1.0, ax: Axes | None = None, title: str = ""
+) -> Axes:
+    """Draw signals (n, 1, length) side by side: `rate` points a second, times `scale`."""
+    ax = _axes(ax, (9, 1.5))
+    for i, signal in enumerate(_numpy(x[:, 0])):
+        start = i * 1.1 * len(signal) / rate
+        ax.plot(start + np.arange(len(signal)) / rate, scale * signal, lw=0.9, color="k")
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_xticks([])
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    return ax
+
+
 def plot_losses(epochs: "Iterable[Epoch]", ax: Axes | None = None) -> Axes:
     """Draw the training and validation loss of each epoch; several phases are shaded.
 

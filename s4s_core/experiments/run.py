@@ -33,7 +33,7 @@ from ..published import SOLVERS, Table, count_steps, table_by_name
 from ..setup import Setup
 from ..solver import Coefficients, Solver
 from ..teacher import TeacherSet, make_teacher_set, sample_batches
-from .cache import cached_tensors
+from .cache import cache_path, cached_tensors
 from .experiment import DPM_SOLVER_V3, SEARCHED, Experiment
 
 if TYPE_CHECKING:
@@ -107,6 +107,35 @@ def run(experiment: Experiment) -> Result:
     entries["solver"] = solver.to_dict()
     write_atomically(path, (json.dumps(entries, indent=1) + "\n").encode())
     return result
+
+
+def learn_on(setup: Setup, experiment: Experiment) -> Solver:
+    """Return the solver that the experiment learns on this setup in place of its dataset's; cached.
+
+    The name of the setup must tell it from others, since a file is found by it.
+    """
+    path = cache_path(setup.name, "solver", experiment.config(), "json")
+    if not path.exists():
+        solver, _, _ = _learned(experiment, setup, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        solver.save(path)
+    return Solver.load(path)
+
+
+def sample_errors(solver: Solver, setup: Setup) -> Tensor:
+    """Return the mean squared difference per entry from the teacher's sample, (fid_samples,).
+
+    The noises are those of the seeds from 0 up, the same for every solver, so that two solvers can
+    be compared noise by noise; cached.
+    """
+    seeds = range(setup.params.fid_samples)
+
+    def make() -> dict[str, Tensor]:
+        x_0 = torch.cat([x.cpu() for x in sample_batches(solver, setup, seeds)])
+        return {"error": (x_0 - _teacher_samples(setup)).square().flatten(1).mean(1)}
+
+    numbers = {k: v for k, v in solver.to_dict().items() if k != "provenance"}
+    return cached_tensors(setup, "errors", {"solver": numbers, "seeds": len(seeds)}, make)["error"]
 
 
 def learning_seconds(experiment: Experiment) -> float:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..denoiser import (
+    Denoiser,
+    conditioned,
     from_denoiser,
     from_noise_prediction,
     guided,
@@ -64,6 +66,31 @@ def build(dataset: str, params: Params, device: str | None = None) -> Setup:
     if params.precision == "float32":
         return setup
     return replace(setup, denoiser=in_precision(setup.denoiser, getattr(torch, params.precision)))
+
+
+def load_guidances(dataset: str, scales: Sequence[float], **settings: Any) -> Setup:
+    """Return the setup of a dataset in which ten seeds in a row share one guidance scale.
+
+    The scales come in turn, so that a solver can be learned for all of them at once. Guidance is
+    linear: D_w = D_1 + (w - 1) (D_2 - D_1), of setups at the scales 1 and 2, and the condition of a
+    seed is the seed itself. Raises UsageError for a dataset whose model has no conditions.
+    """
+    one, two = (load(dataset, **{**settings, "guidance": scale}) for scale in (1.0, 2.0))
+    if (condition := one.condition) is None:
+        raise UsageError(
+            f"{dataset} has no guidance, for its model knows no classes and no captions: take "
+            "another dataset"
+        )
+
+    def denoise(x: Tensor, t: Tensor, seeds: Tensor) -> Tensor:
+        numbers = seeds.tolist()
+        w = torch.tensor([scales[seed // 10 % len(scales)] for seed in numbers]).to(x)
+        told = condition(numbers)
+        weak, strong = (conditioned(setup.denoiser, told)(x, t) for setup in (one, two))
+        return weak + (w.view(-1, *[1] * (x.ndim - 1)) - 1) * (strong - weak)
+
+    name = f"{dataset}_guidance_{'_'.join(f'{scale:g}' for scale in scales)}"
+    return replace(one, name=name, denoiser=cast(Denoiser, denoise), condition=torch.tensor)
 
 
 def default_device() -> str:
@@ -318,13 +345,18 @@ _LATENT_MODELS: dict[str, Callable[..., LatentModel]] = {
     "imagenet": load_imagenet,
     "ms_coco": load_stable_diffusion,
 }
-_CIFAR10_TINY = _Model(
-    _bundled_files,
-    partial(_bundled, lambda: read_reference(WEIGHTS / "cifar10_tiny_reference.safetensors")),
-)
+
+
+def _with_reference(file: str) -> _Model:
+    """A bundled model whose real data are here as statistics of their features."""
+    return _Model(_bundled_files, partial(_bundled, lambda: read_reference(WEIGHTS / file)))
+
+
+_CIFAR10_TINY = _with_reference("cifar10_tiny_reference.safetensors")
 _MODELS: dict[str, _Model] = {
     "mixture": _Model(lambda name, params: [], _mixture),
     "digits": _Model(_bundled_files, partial(_bundled, lambda: digits_data()[0])),
+    "ecg": _with_reference("ecg_reference.safetensors"),
     "cifar10_tiny": _CIFAR10_TINY,
     "cifar10_flow": _CIFAR10_TINY,
     **{name: _Model(_edm_files, _edm, True) for name in ("cifar10", "ffhq", "afhqv2")},

@@ -1,7 +1,7 @@
 """The networks behind the embedded models: the only place that knows an architecture."""
 
 from .classifier import Classifier
-from .data import cifar10_data, digits_data, held_out_split, training_data
+from .data import cifar10_data, digits_data, ecg_data, held_out_split, training_data, turned
 from .io import load_network, read_metadata, save_network
 from .latent import LatentModel, load_imagenet, load_lsun, load_stable_diffusion
 from .pickles import convert_edm, load_edm, read_persistent
@@ -11,7 +11,8 @@ from .unet import SmallDenoiser, UNet
 
 __all__ = [
     "Classifier", "EDMPrecond", "SmallDenoiser", "LatentModel", "RECIPES", "Record", "SongUNet",
-    "UNet", "cifar10_data", "convert_edm", "digits_data", "held_out_split", "load_edm",
+    "UNet", "cifar10_data", "convert_edm", "digits_data", "ecg_data", "held_out_split", "load_edm",
     "load_imagenet", "load_lsun", "load_network", "load_stable_diffusion", "read_metadata",
     "read_persistent", "save_network", "train_classifier", "train_denoiser", "training_data",
+    "turned",
 ]  # fmt: skip

@@ -84,6 +84,47 @@ def _unpack(path: Path, names: list[str]) -> list[bytes]:
         return [cast(IO[bytes], member).read() for member in members]
 
 
+ECG_RATE, ECG_POINTS = 64, 128  # a second, and a window
+
+
+def ecg_data(path: str | Path = "", every: int = 4) -> tuple[Tensor, Tensor]:
+    """Return two-second windows of an electrocardiogram, (n, 1, 128), and their starts (n,) in s.
+
+    It is minutes 19:35 to 24:35 of record 208, lead MLII, of the MIT-BIH Arrhythmia Database (Moody
+    & Mark 2001, on PhysioNet under ODC-BY), which SciPy offers as an example: normal beats,
+    ventricular ones and artefacts. 360 Hz become 64, and 2.5 mV around the mean become 1; a window
+    begins at `every` fourth point. `path` is SciPy's file ecg.dat; without it SciPy downloads it.
+    Raises UsageError where that cannot be.
+    """
+    import numpy as np
+    from scipy import datasets, signal
+
+    try:
+        if path:
+            with np.load(path) as file:
+                millivolts = (file["ecg"].astype(np.float64) - 1024) / 200
+        else:
+            millivolts = datasets.electrocardiogram()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(
+            f"the electrocardiogram could not be had ({str(error).splitlines()[0]}): give the path "
+            "of ecg.dat, from https://github.com/scipy/dataset-ecg"
+        ) from None
+    slow = signal.resample_poly(millivolts - millivolts.mean(), 8, 45) / 2.5
+    starts = np.arange(0, len(slow) - ECG_POINTS + 1, every)
+    windows = torch.tensor(slow[starts[:, None] + np.arange(ECG_POINTS)], dtype=torch.float32)
+    return windows.clamp(-1, 1)[:, None], torch.tensor(starts / ECG_RATE)
+
+
+def turned(signals: Tensor) -> tuple[Tensor, Tensor]:
+    """Return signals (4 n, C, length) as they are, backwards, upside down and both; labels (4 n,).
+
+    To tell which is which needs no teacher's labels, and takes knowing how a heart beats.
+    """
+    both = [signals, signals.flip(-1), -signals, -signals.flip(-1)]
+    return torch.cat(both), torch.arange(4).repeat_interleave(len(signals))
+
+
 def held_out_split(n: int, fraction: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return two index tensors that divide 0 ... n-1 at random: for training, and held out.
 

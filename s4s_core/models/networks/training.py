@@ -36,6 +36,10 @@ class Record(NamedTuple):
 # How the bundled networks were trained, where the functions below have other defaults.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {"denoiser": {}, "classifier": {}},
+    "ecg": {
+        "denoiser": dict(batch=64, lr=2e-3, patch=4, widths=(32, 64, 96), attention=(1, 2)),
+        "classifier": dict(width=32, deeper=(64, 64), normalize=True, dropout=0.1),
+    },
     "cifar10_tiny": {
         "denoiser": dict(batch=1024, lr=2.5e-3, warmup=500, ema_images=(200_000, 1_000_000),
                          flip=True, bf16=True, patch=2, widths=(64, 128, 256), blocks=1,
@@ -66,6 +70,8 @@ def train_denoiser(
 ) -> Iterator[Record]:
     """Train D(x, sigma) on `images` (n, C, H, W) in [-1, 1], and yield `Record`s of its average.
 
+    Signals (n, C, length) are learned in the same way.
+
     With `labels` (n,) the network is D(x, sigma, label), and a share `unlabelled` of the images is
     shown without its class, for classifier-free guidance (Ho & Salimans 2021).
 
@@ -88,14 +94,15 @@ def train_denoiser(
     time and then cool down. Raises UsageError for data that are no images, and for a checkpoint of
     another run.
     """
-    if images.ndim != 4 or min(steps, batch) < 1:
+    if images.ndim not in (3, 4) or min(steps, batch) < 1:
         raise UsageError(
-            "training needs images (n, C, H, W) and at least one step and one image a step, "
-            f"not {tuple(images.shape)}, {steps} steps and {batch} images"
+            "training needs images (n, C, H, W) or signals (n, C, length) and at least one step "
+            f"and one image a step, not {tuple(images.shape)}, {steps} steps and {batch} images"
         )
     half_lives = [ema_images] if isinstance(ema_images, int) else list(ema_images)
     if labels is not None:
         unet = {"classes": int(labels.max()) + 1, **unet}
+    unet = {"dimensions": images.ndim - 2, **unet}
     warmup = max(1, min(500, steps // 10) if warmup is None else warmup)
     cooldown = steps if cooldown is None else max(1, min(cooldown, steps))
     with torch.random.fork_rng(devices=[]):
@@ -156,7 +163,7 @@ def _denoising_loss(
     net: Callable[..., Tensor], x_0: Tensor, label: Tensor | None, sigma_data: float
 ) -> Tensor:
     """EDM Eq. (2) with the weights lambda(sigma): the mean over images, pixels and noise levels."""
-    sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(x_0), 1, 1, 1, device=x_0.device))
+    sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(x_0), *[1] * (x_0.ndim - 1), device=x_0.device))
     noise = torch.randn(x_0.shape, device=x_0.device)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return (weight * (net(x_0 + sigma * noise, sigma.flatten(), label) - x_0) ** 2).mean()
@@ -187,6 +194,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classes = int(labels.max()) + 1
+        classifier = {"dimensions": images.ndim - 2, **classifier}
         net = Classifier(images.shape[1], classes=classes, dropout=dropout, **classifier)
     net = net.to(images.device)
     adam = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
@@ -221,7 +229,7 @@ def _mirrored(x: Tensor, flip: bool) -> Tensor:
     """The images; with `flip` a random half of them is mirrored left to right."""
     if not flip:
         return x
-    chosen = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+    chosen = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < 0.5
     return torch.where(chosen, x.flip(-1), x)
 
 

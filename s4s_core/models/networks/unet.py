@@ -26,7 +26,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
 
 
-def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
+CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
+POOL: dict[int, Callable[[Tensor, int], Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d}
+
+
+def zero_init(layer: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
     """Set a layer's weight and bias to zero, and return the layer.
 
     A residual branch that ends in this layer adds nothing before training.
@@ -67,13 +71,17 @@ class NoiseEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the pixels, (B, C, H, W) -> the same shape."""
+    """Single-head self-attention over the pixels, (B, C, H, W) -> the same shape.
 
-    def __init__(self, channels: int):
+    With `dimensions` 1 it is over the places of signals, (B, C, length).
+    """
+
+    def __init__(self, channels: int, dimensions: int = 2):
         super().__init__()
+        conv = CONV[dimensions]
         self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+        self.qkv = conv(channels, 3 * channels, 1)
+        self.out = zero_init(conv(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the answer of the attention, (B, C, H, W), which the caller adds to x."""
@@ -98,19 +106,20 @@ class Block(nn.Module):
         resample: str = "",
         attention: bool = False,
         dropout: float = 0.0,
+        dimensions: int = 2,
     ):
         super().__init__()
-        self.resample = resample
-        self.norm_1, self.conv_1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        conv, self.pool, self.resample = CONV[dimensions], POOL[dimensions], resample
+        self.norm_1, self.conv_1 = group_norm(c_in), conv(c_in, c_out, 3, padding=1)
         self.scale_shift = nn.Linear(c_emb, 2 * c_out)
         self.norm_2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
-        self.conv_2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        self.attention = Attention(c_out) if attention else None
+        self.conv_2 = zero_init(conv(c_out, c_out, 3, padding=1))
+        self.skip = nn.Identity() if c_in == c_out else conv(c_in, c_out, 1)
+        self.attention = Attention(c_out, dimensions) if attention else None
 
     def _resample(self, x: Tensor) -> Tensor:
         if self.resample == "down":
-            return F.avg_pool2d(x, 2)
+            return self.pool(x, 2)
         return F.interpolate(x, scale_factor=2.0) if self.resample == "up" else x
 
     def forward(self, x: Tensor, emb: Tensor, row: Tensor | None = None) -> Tensor:
@@ -119,7 +128,8 @@ class Block(nn.Module):
         modulation = self.scale_shift(emb)
         if row is not None:
             modulation = modulation[row]
-        scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
+        modulation = modulation.view(*modulation.shape, *[1] * (x.ndim - 2))
+        scale, shift = modulation.chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm_2(h), scale + 1))
         x = (self._resample(self.skip(x)) + self.conv_2(self.dropout(h))) * math.sqrt(0.5)
         return x if self.attention is None else (x + self.attention(x)) * math.sqrt(0.5)
@@ -134,6 +144,7 @@ class UNet(nn.Module):
     With `patch` = p the network sees p x p pixels as one with p^2 times the channels, which is
     faster by about p^2; the resolutions are then H/p, H/(2p), ... With `classes` the network is
     told the class of each image, and was taught images of no class too, whose label is `classes`.
+    With `dimensions` 1 it is a network of signals, x (B, in_channels, length).
     `UNet(**net.config)` rebuilds the network, without its weights.
     """
 
@@ -147,6 +158,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         patch: int = 1,
         classes: int = 0,
+        dimensions: int = 2,
     ):
         super().__init__()
         self.config: dict[str, Any] = dict(
@@ -158,13 +170,17 @@ class UNet(nn.Module):
             dropout=dropout,
             patch=patch,
             classes=classes,
+            dimensions=dimensions,
         )
 
         def block(c_in: int, c_out: int, level: int, resample: str = "") -> Block:
-            return Block(c_in, c_out, embedding, resample, level in attention, dropout)
+            return Block(c_in, c_out, embedding, resample, level in attention, dropout, dimensions)
 
         self.embedding = NoiseEmbedding(embedding, classes)
-        self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
+        if dimensions not in CONV:
+            raise UsageError(f"a U-Net has 1 or 2 dimensions, not {dimensions}")
+        channels, conv = in_channels * patch**dimensions, CONV[dimensions]
+        self.conv_in = conv(channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c = widths[0]
         for level, width in enumerate(widths):
@@ -178,9 +194,9 @@ class UNet(nn.Module):
             self.up.extend(block(2 * width, width, level) for _ in range(blocks))
             c = width
         self.norm_out = group_norm(c)
-        self.conv_out = zero_init(nn.Conv2d(c, in_channels * patch**2, 3, padding=1))
-        # On a CPU this layout makes the 3x3 convolutions 1.5 to 4 times as fast.
-        self.to(memory_format=torch.channels_last)
+        self.conv_out = zero_init(conv(c, channels, 3, padding=1))
+        if dimensions == 2:  # on a CPU this layout makes the convolutions 1.5 to 4 times as fast
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         """Return F(x, c_noise, label), (B, in_channels, H, W); label (B,), 0 to `classes`.
@@ -199,14 +215,26 @@ class UNet(nn.Module):
         elif len(c_noise) == 1:  # all classes' embeddings, so that a sample's depends on no batch
             row, label = label, torch.arange(classes + 1, device=x.device)
         emb = self.embedding(c_noise, label)
-        x, skips = self.conv_in(F.pixel_unshuffle(x, self.config["patch"])), []
+        x, skips = self.conv_in(self._patches(x)), []
         for block in self.down:
             skips.append(x := block(x, emb, row))
         x = self.middle(x, emb, row)
         for block in self.up:
             x = block(x if block.resample else torch.cat([x, skips.pop()], dim=1), emb, row)
         x = self.conv_out(F.silu(self.norm_out(x)))
-        return F.pixel_shuffle(x, self.config["patch"])
+        return self._pixels(x)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        p = self.config["patch"]
+        if x.ndim == 4:
+            return F.pixel_unshuffle(x, p)
+        return x.unflatten(2, (-1, p)).transpose(2, 3).flatten(1, 2)
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        p = self.config["patch"]
+        if x.ndim == 4:
+            return F.pixel_shuffle(x, p)
+        return x.unflatten(1, (-1, p)).transpose(2, 3).flatten(2, 3)
 
 
 def precondition(
@@ -217,13 +245,14 @@ def precondition(
 ) -> Tensor:
     """Return D = c_skip x + c_out F(c_in x, c_noise) with F = `network`, like x.
 
-    This is EDM's preconditioning (Karras et al. 2022, Table 1, column "Ours"). x (B, C, H, W) is
+    This is EDM's preconditioning (Karras et al. 2022, Table 1, column "Ours"). x (B, ...) is
     image + sigma * noise, and sigma is a number, a 0-d tensor or (B,), in the units of x. The
     network gets c_noise (B,), or (1,) if the batch has one sigma, and may compute in any dtype.
     """
     if isinstance(sigma, torch.Tensor) and sigma.ndim == 1 and sigma.stride(0) == 0:
         sigma = sigma[0]  # a scalar that was expanded to the batch
-    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
     total = (sigma**2 + sigma_data**2).sqrt()
     c_skip, c_out = sigma_data**2 / total**2, sigma * sigma_data / total
     c_in, c_noise = 1 / total, sigma.flatten().log() / 4
@@ -256,7 +285,7 @@ class SmallDenoiser(nn.Module):
         def network(x: Tensor, c_noise: Tensor) -> Tensor:
             scaled = x.to(dtype)
             if len(x) == 1:  # a CPU convolves a single image in another order, and rounds otherwise
-                scaled = scaled.expand(2, -1, -1, -1)
+                scaled = scaled.expand(2, *x.shape[1:])
             labels = None if label is None else label.expand(len(scaled))
             return self.unet(scaled, c_noise.to(dtype), labels)[: len(x)]
 
