@@ -34,8 +34,11 @@ LONG = {
     "figure_coefficient_pca": PLANE | {"nfe": 3, "epochs": 1},
     "pictures": {"dataset": "digits", "settings": {"digits": LEAST}, "solvers": ["unipc"]}
     | {"nfes": [3], "shown": 3, "distances": ["features", "l2"], "n": 4, "seeds": [0], "flow": ""},
+    "ablation_guidance": {"guidances": [1.0, 2.0], "solvers": ["unipc"], "nfe": 3, "order": 2}
+    | {"n": 2, "careful_nfe": 6, "fid_samples": 100, "sizes": {"n_train_alt": 8, "n_valid_alt": 4}}
+    | {"settings": {"cifar10_tiny": {"teacher_nfe": 4, "newton_batch_size": 8}}},
     "beyond_images": {"seeds": [0], "solvers": ["unipc"]}
-    | {"grids": ["logsnr"], "nfes": [3], "exchanged": [3], "order": 2, "shown": 3, "n": 2}
+    | {"grids": ["logsnr"], "nfes": [3], "compared": [3], "order": 2, "shown": 3, "n": 2}
     | {"settings": {"ecg": LEAST, "digits": LEAST}},
     "figure_samples": {"nfe": 3, "n": 4, "plane_nfe": 3, "settings": SMALL["settings"]},
 }

@@ -350,6 +350,7 @@ def plot_matrix(
     return ax
 
 
+@mpl.rc_context(STYLE)
 def plot_signals(
     x: "Tensor", rate: float, scale: float = 1.0, ax: Axes | None = None, title: str = ""
 ) -> Axes:
@@ -364,6 +365,7 @@ def plot_signals(
     return ax
 
 
+@mpl.rc_context(STYLE)
 def plot_losses(epochs: "Iterable[Epoch]", ax: Axes | None = None) -> Axes:
     """Draw the training and validation loss of each epoch; several phases are shaded.
 

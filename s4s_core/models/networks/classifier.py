@@ -10,6 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import UsageError
+
 
 class Classifier(nn.Module):
     """A small classifier: x (B, in_channels, 8, 8) or larger, in [-1, 1] -> logits (B, classes).
@@ -35,10 +37,13 @@ class Classifier(nn.Module):
             in_channels=in_channels, width=width, classes=classes, dropout=dropout
         )
         self.config |= dict(deeper=list(deeper), normalize=normalize, dimensions=dimensions)
-        conv, norm, self.pool = {
+        layers = {
             1: (nn.Conv1d, nn.BatchNorm1d, F.max_pool1d),
             2: (nn.Conv2d, nn.BatchNorm2d, F.max_pool2d),
-        }[dimensions]
+        }
+        if dimensions not in layers:
+            raise UsageError(f"a classifier has 1 or 2 dimensions, not {dimensions}")
+        conv, norm, self.pool = layers[dimensions]
         c, self.depth = in_channels, 3 + len(deeper)
         for i, c_out in enumerate((width // 2, width, width, *deeper), start=1):
             setattr(self, f"conv_{i}", conv(c, c_out, 3, padding=1))

@@ -1,6 +1,7 @@
-"""The images for one appendix only, on training the bundled networks: the digits and CIFAR-10.
+"""What the bundled networks learned from: the digits, CIFAR-10 and an electrocardiogram.
 
-Of all this the models use `digits_data` alone, as the real images of the model "digits".
+Only their training needs it. Of all this the models use `digits_data` alone, as the real images of
+the model "digits".
 """
 
 import hashlib
