@@ -171,6 +171,17 @@ def test_experiments_run_on_it_from_another_folder(here, name, given):
 
 
 @pytest.mark.slow
+def test_an_ablation_of_the_papers_learning_learns_its_way(here):
+    """Gauss-Newton, by which this network learns elsewhere, reads no radius: all would be alike."""
+    few = {"n_train": 20, "n_valid": 8, "epochs": 2, "lr_phi": 1e-3}
+    given = {"settings": {"cifar10_tiny": LEAST_HERE | few}, "gammas": [0.0, 1.0]}
+    text = run_notebook("ablation_radius", **LONG["ablation_radius"] | ON_PICTURES | given).text
+    (row,) = {line for line in text.splitlines() if line.startswith("| relaxed loss | 3 |")}
+    fixed, free = (float(cell) for cell in row.split("|")[3:5])
+    assert free < fixed - 0.01
+
+
+@pytest.mark.slow
 def test_the_appendix_trains_its_networks_from_a_folder(here, tmp_path):
     for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
         records = np.random.default_rng(0).integers(256, size=(60, RECORD), dtype=np.uint8)

@@ -336,6 +336,93 @@ def test_the_rate_rises_stays_and_falls(digits, monkeypatch):
     assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.5 + 8**-0.5, 0.5, 0.5 - 8**-0.5])
 
 
+@pytest.mark.parametrize(("given", "share"), [({}, 0.1), ({"unlabelled": 0.25}, 0.25)])
+def test_a_share_is_shown_without_its_class(given, share, monkeypatch):
+    """Every pixel of image i is i / 9, so an image tells its class, and 10 stands for none."""
+    images, seen = (torch.arange(10) / 9).view(10, 1, 1, 1).expand(-1, -1, 4, 4), []
+    monkeypatch.setattr(
+        training,
+        "_denoising_loss",
+        lambda net, x, label, _: seen.append((x, label)) or net(x, 1.0, label).sum(),
+    )
+    list(train_denoiser(images, 1, batch=2000, labels=torch.arange(10), **given, **SMALL))
+    ((x, label),) = seen
+    hidden = label == 10
+    assert hidden.double().mean() == pytest.approx(share, abs=0.05)
+    assert torch.equal(label[~hidden], (9 * x[~hidden, 0, 0, 0]).round().long())
+
+
+def test_a_network_that_is_told_classes_learns_them():
+    """Black images and white ones: noise hides which it was, so the class alone tells, or none."""
+    images = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(-1, -1, 4, 4)
+    settings = dict(lr=5e-3, warmup=5, ema_images=1000, labels=torch.arange(2), unlabelled=0.3)
+    *_, last = train_denoiser(images, 150, **settings, **SMALL)
+    assert last.network.config["classes"] == 2
+    x = 5 * normal(40, 1, 4, 4)
+    black, white, neither = (last.network(x, 5.0, torch.tensor([c])).mean() for c in range(3))
+    assert black < neither < white and white - black > 0.6
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(1796).long(), torch.zeros(1797, 1).long()])
+def test_every_image_needs_a_label(digits, labels, one_sentence):
+    with one_sentence("training by class needs one label for each of the 1797 images"):
+        next(train_denoiser(digits[0], 2, labels=labels, **SMALL))
+
+
+def test_each_average_is_the_formula_of_edm(digits):
+    """A half-life of one image among 64 leaves the newest weights, which the other averages."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        start = SmallDenoiser(digits[0].std().item(), in_channels=1, **SMALL)
+    expected = torch.cat([w.detach().double().flatten() for w in start.parameters()])
+    settings = dict(batch=64, warmup=1, cooldown=1, every=1, ema_images=(1, 20), **SMALL)
+    for record in train_denoiser(digits[0], 8, **settings):
+        newest, average = (
+            torch.cat([w.double().flatten() for w in net.parameters()]) for net in record.averages
+        )
+        decay = 0.5 ** (64 / min(20, 0.05 * 64 * record.step))  # EDM, Table 7
+        expected = decay * expected + (1 - decay) * newest
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+        assert record.network is record.averages[0]
+        assert record.step < 6 or (average - newest).abs().max() > 1e-4
+
+
+def test_an_interrupted_training_keeps_all_its_averages(tmp_path, digits):
+    images, labels = digits
+    settings = dict(steps=6, batch=8, every=2, warmup=2, labels=labels, ema_images=(4, 1), **SMALL)
+    *_, whole = train_denoiser(images, **settings)
+    settings["checkpoint"] = tmp_path / "run.safetensors"
+    run = train_denoiser(images, **settings)
+    assert next(run).step == 2 and next(run).step == 4
+    run.close()
+    first, resumed = train_denoiser(images, **settings)
+    assert first.step == 4 and resumed.loss == whole.loss and len(resumed.averages) == 2
+    for mine, other in zip(resumed.averages, whole.averages, strict=True):
+        for a, b in zip(mine.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(UsageError, match="belongs to another run"):
+        next(train_denoiser(images, **settings | {"ema_images": 4}))
+
+
+def test_a_compiled_network_takes_every_step_and_is_not_what_is_kept(digits, monkeypatch):
+    """A spy stands for torch.compile, which takes most of a minute on a processor."""
+    given, calls = [], []
+
+    def spy(net):
+        given.append(net)
+        return lambda *inputs: calls.append(len(inputs[0])) or net(*inputs)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    settings = dict(steps=3, batch=8, **SMALL)
+    (plain,) = train_denoiser(digits[0], **settings)
+    assert not given
+    (compiled,) = train_denoiser(digits[0], compiled=True, **settings)
+    assert len(given) == 1 and calls == [8, 8, 8] and compiled.loss == plain.loss
+    assert type(compiled.network) is SmallDenoiser
+    for a, b in zip(compiled.network.parameters(), plain.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_flipping_shows_an_image_and_its_mirror_image_alike(digits, monkeypatch):
     seen = []
     monkeypatch.setattr(

@@ -91,13 +91,18 @@ def train_denoiser(
     every record. If it exists, the run continues from it and ends as if it had never stopped; its
     first record is then the last one of the run before. The run may continue with other `steps` and
     another `cooldown` as long as the rate has not begun to fall, so one can train while there is
-    time and then cool down. Raises UsageError for data that are no images, and for a checkpoint of
-    another run.
+    time and then cool down. Raises UsageError for data that are no images, for labels that are not
+    one an image, and for a checkpoint of another run.
     """
     if images.ndim not in (3, 4) or min(steps, batch) < 1:
         raise UsageError(
             "training needs images (n, C, H, W) or signals (n, C, length) and at least one step "
             f"and one image a step, not {tuple(images.shape)}, {steps} steps and {batch} images"
+        )
+    if labels is not None and labels.shape != (len(images),):
+        raise UsageError(
+            f"training by class needs one label for each of the {len(images)} images, not "
+            f"{tuple(labels.shape)}"
         )
     half_lives = [ema_images] if isinstance(ema_images, int) else list(ema_images)
     if labels is not None:
