@@ -92,6 +92,18 @@ def test_guidance_is_linear_in_its_scale_and_one_is_none(setup, noise):
     assert (two - one).abs().max() > 0.01
 
 
+def test_seeds_may_have_guidances_of_their_own(noise, one_sentence):
+    """Ten seeds, one of each class, share a scale; the next ten have the next one."""
+    scales, seeds = [1.0, 4.0], range(8, 14)
+    mixed = s4s.load_guidances("cifar10_tiny", scales)
+    x, t = 2 * noise(0, 6, 3, 32, 32).double(), torch.tensor(2.0, dtype=torch.float64)
+    one, four = (s4s.load("cifar10_tiny", guidance=w).denoiser_for(seeds)(x, t) for w in scales)
+    expected = torch.cat([one[:2], four[2:]])
+    torch.testing.assert_close(mixed.denoiser_for(seeds)(x, t), expected, rtol=0, atol=2e-5)
+    with one_sentence("digits has no guidance"):
+        s4s.load_guidances("digits", scales)
+
+
 def test_a_seed_has_its_picture_in_any_batch(setup):
     """Up to the rounding of float32: convolutions of other batches sum in another order."""
     whole = draw(setup, SEEDS, nfe=3)

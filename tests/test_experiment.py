@@ -47,9 +47,6 @@ TINY = {
 }
 
 
-ONE = torch.ones(1, dtype=torch.float64)
-
-
 def tiny(learn: str = "coefficients", settings: dict | None = None, **changed) -> Experiment:
     values = {"dataset": "mixture", "nfe": 4, "order": 2, "learn": learn, **changed}
     return Experiment(**values, settings={**TINY, **(settings or {})})
@@ -224,7 +221,7 @@ def test_the_learner_is_a_setting_and_moves_the_same_blocks(learn):
     assert {record["phase"] for record in result.history[1:]} == {"newton"}
     assert result.history[-1]["valid_loss"] < result.history[0]["valid_loss"]
     moved = not torch.equal(result.solver.grid.t, start.grid.t)
-    assert moved == (learn != "coefficients") and torch.equal(result.solver.grid.scale[:1], ONE)
+    assert moved == (learn != "coefficients") and result.solver.grid.scale[0] == 1
     published = ipndm(result.solver.grid, 2)
     assert torch.equal(result.solver.coefficients.b, published.b) == (learn == "times")
 
@@ -240,6 +237,26 @@ def test_the_first_call_is_free_where_the_settings_say_so():
 @pytest.mark.parametrize("learn", ["alternating", "bns", "generalised"])
 def test_what_gauss_newton_does_not_learn_stays_first_order(learn):
     assert tiny(learn, NEWTON).learner is tiny(learn).learner
+
+
+def test_the_errors_of_samples_are_those_of_the_result():
+    given = tiny("none")
+    result, setup = run(given), s4s.load("mixture", **TINY)
+    errors = s4s.sample_errors(result.solver, setup)
+    assert errors.shape == (TINY["fid_samples"],)
+    assert errors.mean().sqrt().item() == pytest.approx(result.distance_to_teacher, rel=1e-12)
+
+
+@pytest.mark.parametrize("learner", ["first_order", "gauss_newton"])
+def test_a_solver_learned_on_another_setup_is_that_of_the_setup_and_is_kept(learner, monkeypatch):
+    given = tiny("jointly", {"learner": learner})
+    setup = s4s.load("mixture", **given.settings)
+    assert s4s.learn_on(setup, given) == run(given).solver  # the same model, another place
+    sharper = setup.variant(name="sharper", denoiser=lambda x, t: setup.denoiser(0.9 * x, t))
+    learned = s4s.learn_on(sharper, given)
+    assert not torch.equal(learned.coefficients.b, run(given).solver.coefficients.b)
+    monkeypatch.setattr(run_module, "_learned", None)
+    assert s4s.learn_on(sharper, given) == learned
 
 
 def test_solver_file_tells_how_it_was_made():

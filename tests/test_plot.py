@@ -278,3 +278,14 @@ def test_several_tables_share_one_colour_scale():
     assert {image.get_clim() for image in ax.images} == {(-4, 4)}
     assert {"order 1", "order 4"} <= {text.get_text() for text in ax.texts}
     assert ax.get_ylim() == (5.5, 0.5)
+
+
+def test_a_matrix_shows_each_number_in_its_place_and_one_is_pale():
+    rows = [{"at": a, "on": b, "ratio": 2.0 ** (a - b)} for a in (1, 2, 4) for b in (2, 1)]
+    ax = plot.plot_matrix(rows[:-1], index="at", column="on", value="ratio", worst=4)
+    written = {t.get_position(): t.get_text() for t in ax.texts}
+    assert written[0, 0] == "0.50" and written[1, 1] == "2.00" and written[0, 2] == "4.00"
+    assert written[1, 2] == "nan" and [t.get_text() for t in ax.get_xticklabels()] == ["2", "1"]
+    colours = ax.images[0].get_array()
+    assert colours[1, 0] == colours[0, 1] == 0 and colours[0, 0] == -colours[1, 1]
+    assert colours[2, 0] == ax.images[0].get_clim()[1]

@@ -32,7 +32,11 @@ LEARN: dict[str, Callable[..., Iterator[Epoch]] | None] = {
     "generalised": learn_generalised,
 }
 # What Gauss-Newton learns where params name it as the learner; the others are first order always.
-SECOND_ORDER = {"coefficients": ("phi",), "times": ("xi",), "jointly": ("phi", "xi")}
+SECOND_ORDER: dict[str, tuple[str, ...]] = {
+    "coefficients": ("phi",),
+    "times": ("xi",),
+    "jointly": ("phi", "xi"),
+}
 DPM_SOLVER_V3 = "dpm_solver_v3"  # no entry of SOLVERS: its table needs statistics of the model
 
 
@@ -126,14 +130,19 @@ class Experiment:
             )
 
     @property
+    def newton_blocks(self) -> tuple[str, ...]:
+        """What Gauss-Newton learns; nothing where first order learns, or none."""
+        if self.params.learner == "first_order":
+            return ()
+        blocks = SECOND_ORDER.get(self.learn, ())
+        return (*blocks, "first") if self.params.free_first_call and "xi" in blocks else blocks
+
+    @property
     def learner(self) -> Callable[..., Iterator[Epoch]] | None:
         """The function that learns, or None: one of LEARN, or learn_gauss_newton."""
-        blocks = SECOND_ORDER.get(self.learn, ())
-        if not blocks or self.params.learner == "first_order":
-            return LEARN[self.learn]
-        if self.params.free_first_call and "xi" in blocks:
-            blocks = (*blocks, "first")
-        return partial(learn_gauss_newton, blocks=blocks)
+        if blocks := self.newton_blocks:
+            return partial(learn_gauss_newton, blocks=blocks)
+        return LEARN[self.learn]
 
     @cached_property
     def params(self) -> Params:

@@ -329,17 +329,17 @@ def show_images(
 def plot_matrix(
     rows: "Rows", index: str, column: str, value: str, ax: Axes | None = None, worst: float = 5
 ) -> Axes:
-    """Draw `value` in a grid of `index` by `column`, each with its number; 1 is as good as can be.
+    """Draw `value`, a ratio, in a grid of `index` by `column`, each with its number.
 
-    Colours follow the logarithm, up to `worst`.
+    Colours follow the logarithm: 1 is pale, and `worst` and 1 / `worst` are the darkest.
     """
     ax, records = _axes(ax, (5.2, 4.2)), _records(rows)
     lines, columns = (list(dict.fromkeys(r[key] for r in records)) for key in (index, column))
     numbers = np.full((len(lines), len(columns)), np.nan)
     for r in records:
         numbers[lines.index(r[index]), columns.index(r[column])] = r[value]
-    colours = np.log(numbers.clip(1 / worst, worst))
     limit = np.log(worst)
+    colours = np.log(numbers.clip(1 / worst, worst))
     ax.imshow(colours, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), number in np.ndenumerate(numbers):
         ink = "w" if abs(colours[i, j]) > 0.6 * limit else "k"

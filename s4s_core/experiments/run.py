@@ -288,7 +288,7 @@ def _learned(
         return solver, 0.0, []
     teacher = _teacher_set(setup, experiment.seed, alt=experiment.learn != "coefficients")
     # The rivals whose coefficients follow the current times do so in the authors' own code.
-    follows = isinstance(learn, partial) or experiment.learn in ("times", "generalised")
+    follows = experiment.newton_blocks or experiment.learn in ("times", "generalised")
     scheme = {"scheme": partial(_table, experiment)} if follows else {}
     history, best, began = [], solver, time.perf_counter()
     try:

@@ -90,7 +90,7 @@ def load_guidances(dataset: str, scales: Sequence[float], **settings: Any) -> Se
         return weak + (w.view(-1, *[1] * (x.ndim - 1)) - 1) * (strong - weak)
 
     name = f"{dataset}_guidance_{'_'.join(f'{scale:g}' for scale in scales)}"
-    return replace(one, name=name, denoiser=cast(Denoiser, denoise), condition=torch.tensor)
+    return one.variant(name=name, denoiser=cast(Denoiser, denoise), condition=torch.tensor)
 
 
 def default_device() -> str:
@@ -184,18 +184,28 @@ def _mixture(name: str, paths: list[Path], params: Params, device: str) -> Setup
     )
 
 
-def _bundled_files(name: str, params: Params) -> list[Path]:
+def _bundled_model(
+    family: str, data: Callable[[], Tensor | FeatureStatistics | FeatureSums] | None = None
+) -> _Model:
+    """The model whose files in weights/ begin with `family`.
+
+    Without `data` one of them holds the statistics of the real data's features.
+    """
+    data = data or (lambda: read_reference(WEIGHTS / f"{family}_reference.safetensors"))
+    return _Model(partial(_bundled_files, family), partial(_bundled, family, data))
+
+
+def _bundled_files(family: str, name: str, params: Params) -> list[Path]:
     """The denoiser, the classifier that measures its samples, and the one that learning uses.
 
     These are two classifiers because learning must not see the one that measures.
     """
-    judges = (
-        params.checkpoint.replace("denoiser", judge) for judge in ("classifier", "perceptual")
-    )
+    judges = (f"{family}_{judge}.safetensors" for judge in ("classifier", "perceptual"))
     return [WEIGHTS / file for file in (params.checkpoint, *judges)]
 
 
 def _bundled(
+    family: str,
     data: Callable[[], Tensor | FeatureStatistics | FeatureSums],
     name: str,
     paths: list[Path],
@@ -216,7 +226,6 @@ def _bundled(
         def condition(seeds: Sequence[int]) -> Tensor:
             return torch.tensor([seed % classes for seed in seeds], device=device)
 
-    family = params.checkpoint.rpartition("_")[0]
     denoiser = from_denoiser(guided_network(network, null, params.guidance), EDM())
     schedule = NAMED_SCHEDULES[params.schedule]
     return _setup(
@@ -345,20 +354,12 @@ _LATENT_MODELS: dict[str, Callable[..., LatentModel]] = {
     "imagenet": load_imagenet,
     "ms_coco": load_stable_diffusion,
 }
-
-
-def _with_reference(file: str) -> _Model:
-    """A bundled model whose real data are here as statistics of their features."""
-    return _Model(_bundled_files, partial(_bundled, lambda: read_reference(WEIGHTS / file)))
-
-
-_CIFAR10_TINY = _with_reference("cifar10_tiny_reference.safetensors")
 _MODELS: dict[str, _Model] = {
     "mixture": _Model(lambda name, params: [], _mixture),
-    "digits": _Model(_bundled_files, partial(_bundled, lambda: digits_data()[0])),
-    "ecg": _with_reference("ecg_reference.safetensors"),
-    "cifar10_tiny": _CIFAR10_TINY,
-    "cifar10_flow": _CIFAR10_TINY,
+    "digits": _bundled_model("digits", lambda: digits_data()[0]),
+    "ecg": _bundled_model("ecg"),
+    "cifar10_tiny": _bundled_model("cifar10_tiny"),
+    "cifar10_flow": _bundled_model("cifar10_tiny"),
     **{name: _Model(_edm_files, _edm, True) for name in ("cifar10", "ffhq", "afhqv2")},
     **{
         name: _Model(_latent_files, partial(_latent, load_model), True)

@@ -251,8 +251,8 @@ def precondition(
     """
     if isinstance(sigma, torch.Tensor) and sigma.ndim == 1 and sigma.stride(0) == 0:
         sigma = sigma[0]  # a scalar that was expanded to the batch
-    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    shape = (-1, *[1] * (x.ndim - 1))
+    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(shape)
     total = (sigma**2 + sigma_data**2).sqrt()
     c_skip, c_out = sigma_data**2 / total**2, sigma * sigma_data / total
     c_in, c_noise = 1 / total, sigma.flatten().log() / 4
