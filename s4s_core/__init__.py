@@ -24,7 +24,15 @@ from .denoiser import (
     rescheduled,
 )
 from .errors import UsageError, choose, progress
-from .evaluate import FeatureStatistics, FeatureSums, feature_sums, frechet_distance, merge
+from .evaluate import (
+    FeatureStatistics,
+    FeatureSums,
+    feature_sums,
+    frechet_distance,
+    interval,
+    merge,
+    thumbnails,
+)
 from .experiments.cache import results_folder
 from .experiments.experiment import Experiment, require_lists, sweep
 from .experiments.run import (

@@ -159,12 +159,18 @@ def in_precision(denoiser: Callable[..., Tensor], dtype: torch.dtype) -> Denoise
 
 
 class CallCounter(_Denoiser):
-    """A denoiser that counts its calls in `.calls`."""
+    """A denoiser that counts its calls in `.calls`, and what they cost.
+
+    evaluations  samples that the network saw, the sum of all batches; and of these
+    backward     those whose answers were differentiated, which costs about two more
+    """
 
     def __init__(self, denoiser: Denoiser):
         super().__init__(denoiser, getattr(denoiser, "schedule", None))
-        self.calls = 0
+        self.calls = self.evaluations = self.backward = 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        self.calls += 1
-        return super().__call__(*inputs)
+        D = super().__call__(*inputs)
+        self.calls, self.evaluations = self.calls + 1, self.evaluations + len(D)
+        self.backward += len(D) * D.requires_grad
+        return D

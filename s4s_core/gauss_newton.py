@@ -4,9 +4,10 @@ A solver has 10 to 50 numbers theta, and the residual e(Psi(x_T)) - e(x_0) is a 
 few dozen Gauss-Newton steps end where thousands of gradient steps only go. The Jacobian is that of
 the one loop in forward mode, with the derivative of the network replaced by a difference of two of
 its answers: nothing is differentiated through the network and no activation is kept. A compiled,
-quantised or remote network will do.
+quantised or remote network will do. (With `jacobian: jvp` it is the network's own derivative.)
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,10 @@ from .solver import Coefficients, LoopTable, Solver, loop_table, run_loop
 from .teacher import TeacherSet
 
 BLOCKS = ("phi", "xi", "first")
+FIRST = 0.0  # logit of where a free first call begins: at T itself its level changes nothing
 STEPS_AN_EPOCH = 4  # between two looks at the validation pairs
+SMALL_STEPS = 16  # of a quarter of the pairs, and by which the best of several starts is chosen
+PATIENCE = 4  # epochs without a validation loss that is 1 % lower
 
 
 def learn_gauss_newton(
@@ -39,6 +43,7 @@ def learn_gauss_newton(
     seed: int = 0,
     blocks: Sequence[str] = ("phi", "xi"),
     scheme: Scheme | None = None,
+    starts: Sequence[Solver] = (),
     **settings: Any,
 ) -> Iterator[Epoch]:
     """Learn the chosen blocks of `solver` at once, by recursive Gauss-Newton at x'_T = x_T.
@@ -46,46 +51,110 @@ def learn_gauss_newton(
     blocks  "phi", the coefficients; "xi", the times of the steps and of the network; "first", the
             noise level of the first call, which suits tables in data form
     scheme  coefficients on the current times, which what is learned is added to, as in learn_times
+    starts  further solvers to begin at. All begin on the same pairs, and after 16 steps only the
+            one of the smallest validation loss goes on
 
-    Every training pair is used once, in batches of newton_batch_size. Yields `Epoch`s, one for
-    every 4 batches. Raises UsageError for a setting that is not read here, a distance that is no
-    sum of squares, and a solver that does not fit the setup; LearningDivergedError where the
-    network's answers are not finite.
+    A step takes newton_batch_size pairs, each of the first 16 a quarter of it, and looks at the
+    validation pairs after every 4: that is an `Epoch` here. It ends once 4 of these have not
+    lowered the validation loss by 1 %, or when it has been through all pairs `epochs` times.
+
+    Raises UsageError for a setting that is not read here, a distance that is no sum of squares, a
+    solver that does not fit the setup, and a network whose answers are too noisy to be
+    differentiated; LearningDivergedError where its answers are not finite.
     """
     for block in blocks:
         choose("block", block, BLOCKS)
     reads = {"distance", "lpips_net", "lpips_resize", "sample_batch_size", "grid_variable"}
-    reads |= {"offset_fraction", "newton_batch_size", "newton_damping"}
+    reads |= {"offset_fraction", "newton_batch_size", "newton_damping", "jacobian", "epochs"}
     params = setup.params.override_for("learn_gauss_newton", reads, settings)
-    check_fit(solver, setup, teacher)
-    student = _Student(solver, params, blocks, scheme)
-    problem = _Problem(student, setup, teacher, params)
-    train, valid = torch.arange(len(teacher.x_T)).tensor_split([teacher.n_train])
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    batches = order.split(params.newton_batch_size)
+    for start in (solver, *starts):
+        check_fit(start, setup, teacher)
+    students = [_Student(start, params, blocks, scheme) for start in (solver, *starts)]
+    runs = [_Run(student, setup, teacher, params, seed) for student in students]
 
-    theta = torch.zeros(student.size, dtype=torch.float64)
-    memory, x_T = _Memory(student.size, params.newton_damping), teacher.train[0]
-    best, best_loss = student.solver(theta), problem.loss(theta, valid)
+    best_run, x_T = min(runs, key=lambda run: run.valid_loss), teacher.train[0]
+    best, best_loss = best_run.solver, best_run.valid_loss
     if not math.isfinite(best_loss):
         raise LearningDivergedError("the loss is not finite at the start", best)
-    start_loss = problem.loss(theta, train[: len(valid)])
-    yield Epoch(0, "start", start_loss, best_loss, 0.0, best, best, x_T)
-    losses: list[float] = []
-    for index, batch in enumerate(progress(batches, desc="learning"), start=1):
-        loss, g, G = problem.normal_equations(theta, batch)
-        if not (math.isfinite(loss) and G.isfinite().all()):
-            message = "the network's answers were not finite; this error's .best is the best so far"
-            raise LearningDivergedError(message, best)
-        theta = theta + memory.step(problem, theta, batch, loss, g, G)
-        losses.append(loss)
-        if index % STEPS_AN_EPOCH == 0 or index == len(batches):
-            now, valid_loss = student.solver(theta), problem.loss(theta, valid)
-            if valid_loss < best_loss:
-                best_loss, best = valid_loss, now
-            epoch, mean = -(-index // STEPS_AN_EPOCH), sum(losses) / len(losses)
-            yield Epoch(epoch, "newton", mean, valid_loss, 0.0, now, best, x_T)
-            losses = []
+    yield Epoch(0, "start", best_run.train_loss, best_loss, 0.0, best, best, x_T)
+    with progress(desc="learning", unit="epoch") as bar:
+        for index, run in enumerate(_turns(runs), start=1):
+            try:
+                run.advance()
+            except ArithmeticError:
+                message = "the network's answers were not finite; this error's .best is the best"
+                raise LearningDivergedError(f"{message} so far", best) from None
+            if run.valid_loss < best_loss:
+                best_loss, best = run.valid_loss, run.solver
+            bar.update()
+            bar.set_postfix(valid=f"{best_loss:.3g}")
+            losses = run.train_loss, run.valid_loss
+            yield Epoch(index, "newton", *losses, 0.0, run.solver, best, x_T)
+
+
+def _turns(runs: Sequence["_Run"]) -> Iterator["_Run"]:
+    """Which run takes the next epoch: each of several in turn, then the best until it is done."""
+    if len(runs) > 1:
+        for run in runs:
+            yield from itertools.repeat(run, SMALL_STEPS // STEPS_AN_EPOCH)
+    run = min(runs, key=lambda run: run.valid_loss)
+    while not run.done:
+        yield run
+
+
+class _Run:
+    """Learning from one start: its numbers theta, and what they cost on training and validation."""
+
+    def __init__(
+        self, student: "_Student", setup: Setup, teacher: TeacherSet, params: Params, seed: int
+    ):
+        self.student, self.problem = student, _Problem(student, setup, teacher, params)
+        self.theta = torch.zeros(student.size, dtype=torch.float64)
+        self.memory = _Memory(student.size, params.newton_damping)
+        train, self.valid = torch.arange(len(teacher.x_T)).tensor_split([teacher.n_train])
+        self.batches = _batches(len(train), params.newton_batch_size, params.epochs, seed)
+        self.next = next(self.batches, None)
+        self.train_loss = self.problem.loss(self.theta, train[: len(self.valid)])
+        self.valid_loss = self.problem.loss(self.theta, self.valid)
+        self.level, self.stale = self.valid_loss, 0
+
+    @property
+    def solver(self) -> Solver:
+        return self.student.solver(self.theta)
+
+    @property
+    def done(self) -> bool:
+        return self.next is None or self.stale >= PATIENCE
+
+    def advance(self) -> None:
+        """Take the steps of one epoch; ArithmeticError where the network is not finite."""
+        losses = []
+        for _ in range(STEPS_AN_EPOCH):
+            if (batch := self.next) is None:
+                break
+            self.next = next(self.batches, None)
+            loss, g, G = self.problem.normal_equations(self.theta, batch)
+            if not (math.isfinite(loss) and G.isfinite().all()):
+                raise ArithmeticError
+            self.theta = self.theta + self.memory.step(self.problem, self.theta, batch, loss, g, G)
+            losses.append(loss)
+        if losses:
+            self.train_loss = sum(losses) / len(losses)
+        self.valid_loss = self.problem.loss(self.theta, self.valid)
+        fell = self.valid_loss < 0.99 * self.level
+        self.level, self.stale = (self.valid_loss, 0) if fell else (self.level, self.stale + 1)
+
+
+def _batches(n: int, size: int, epochs: int, seed: int) -> Iterator[Tensor]:
+    """Batches of n pairs, small ones first, while steps are long and models soon forgotten."""
+    generator, count = torch.Generator().manual_seed(seed), 0
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator)
+        while len(order):
+            take = size if count >= SMALL_STEPS else max(1, size // 4)
+            take = len(order) if len(order) < 1.5 * take else take  # no batch of a few pairs left
+            yield order[:take]
+            order, count = order[take:], count + 1
 
 
 # --- The step -------------------------------------------------------------------------------
@@ -143,12 +212,10 @@ class _Student:
         self, solver: Solver, params: Params, blocks: Sequence[str], scheme: Scheme | None
     ):
         self.start, self.scheme = solver, scheme or (lambda grid: solver.coefficients)
-        table, N, schedule = self.scheme(solver.grid), solver.grid.nfe, solver.grid.schedule
+        table, N = self.scheme(solver.grid), solver.grid.nfe
         self.grid = LearnedGrid.start_at(solver.grid, params.grid_variable, params.offset_fraction)
         if "first" in blocks and self.grid.first is None:
-            # At T itself nothing changes with the level; at a tenth of signal something does.
-            first = schedule.lam(schedule.T).clamp_min(-math.log(10))
-            self.grid = replace(self.grid, first=first)
+            self.grid = replace(self.grid, first=solver.grid.t.new_tensor(FIRST))
         self.places: dict[str, Tensor] = {}
         if "phi" in blocks:
             tables = {name: getattr(table, name, None) for name in ("b", "a", "c")}
@@ -208,8 +275,7 @@ class _Problem:
         self.student, self.setup, self.seeds = student, setup, teacher.seeds
         self.x_T, self.x_0 = teacher.x_T.to(setup.device), teacher.x_0.to(setup.device)
         self.embed, self.rows = _embedding(setup, params), params.sample_batch_size
-        # Of x, in units of its size, and of t: above what the network rounds, below what it bends.
-        self.step = 3e-3 if params.precision == "float32" else 3e-2
+        self.step = self._difference_step(params)
 
     def loss(self, theta: Tensor, pairs: Tensor) -> float:
         """Return the mean distance; infinite where theta is no solver, as when times meet."""
@@ -253,7 +319,9 @@ class _Problem:
 
         loss, g, G = 0.0, torch.zeros_like(theta), torch.zeros(2 * theta.shape, dtype=theta.dtype)
         for part in pairs.split(max(1, self.rows // len(chain))):
-            network, x_T = _black_box(self._network(part), self.step), self.x_T[part]
+            network, x_T = self._network(part), self.x_T[part]
+            if self.step is not None:
+                network = _black_box(network, self.step)
 
             def embedded(step: Tensor, network=network, x_T=x_T) -> tuple[Tensor, Tensor]:
                 e = self.embed(_end(network, x_T, moved(step)))
@@ -267,6 +335,48 @@ class _Problem:
                 J = J.double().flatten(0, 1).cpu() @ chain
             loss, g, G = loss + r.square().sum().item(), g + J.T @ r, G + J.T @ J
         return loss / len(pairs), g / len(pairs), G / len(pairs)
+
+    def _difference_step(self, params: Params) -> float | None:
+        """The step in x, in units of its size, and in t; None if the network is differentiated.
+
+        It must be above what the network rounds and below what it bends. That is so where one and
+        two steps, from noised data half way along the grid, agree on the derivative.
+        """
+        schedule, half = self.setup.schedule, len(self.student.start.grid.t) // 2
+        part, t = torch.arange(min(8, len(self.x_T))), self.student.start.grid.t[half]
+        network, sigma = self._network(part), schedule.sigma(t).item()
+        noise = self.x_T[part] / schedule.sigma(schedule.T).item()
+        x = schedule.alpha(t).item() * self.x_0[part] + sigma * noise
+        forward = {"jvp": True, "differences": False, "auto": params.precision != "float32"}
+        if forward[params.jacobian]:
+            try:
+                with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                    torch.func.jvp(lambda x: network(x, t), (x,), (noise,))
+                return None
+            except (RuntimeError, NotImplementedError) as error:
+                if params.jacobian == "jvp":
+                    reason = str(error).splitlines()[0][:200]
+                    raise UsageError(
+                        f"the network of {self.setup.name} has no forward derivative ({reason}): "
+                        "choose jacobian differences"
+                    ) from None
+        usual = 3e-3 if params.precision == "float32" else 3e-2
+        for step in (usual, 4 * usual, 16 * usual):
+            h = step * (x.square().mean() / noise.square().mean()).sqrt()
+            with torch.no_grad():
+                D = network(x, t)
+                one, two = ((network(x + k * h * noise, t) - D) / k for k in (1, 2))
+            if (one - two).norm() <= 0.2 * two.norm() or not D.isfinite().all():
+                if step > usual:
+                    said = f"the answers of {self.setup.name}'s network are noisy: its derivatives "
+                    said += f"are differences over {step:.1%} of x instead of {usual:.1%}"
+                    warnings.warn(said, stacklevel=2)
+                return step
+        raise UsageError(
+            f"the answers of {self.setup.name}'s network are too noisy to be differentiated by "
+            f"differences, even over {step:.0%} of x: make it deterministic or more precise, or "
+            "choose jacobian jvp"
+        )
 
     def _network(self, pairs: Tensor) -> Denoiser:
         """D(x, t) for x (k B, ...), k copies of these B pairs one after the other."""

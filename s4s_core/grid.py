@@ -220,8 +220,9 @@ class LearnedGrid:
     xi_c  (N+1,) float64: offsets of the network's times, both ends fixed, the others bounded by
           `offset_fraction` times the smallest gap (E.2)
 
-    first () float64 or None: lam of the first call, which is at T without. x_T is scaled to it: at
-          T itself there is nothing but noise to see, and a call spent there is nearly wasted
+    first () float64 or None: sigmoid(first) is the share of the way from T to t_1, in lam, at which
+          the first call lies, with x_T scaled to it. It is at T without: there is nothing but noise
+          to see there, and a call spent on it is nearly wasted
 
     `variable` is what the rescaling is linear in: "lam" (Tong et al. 2024 for pixel models) or
     "t" (as App. E prints it).
@@ -245,8 +246,11 @@ class LearnedGrid:
         gaps = u.diff().abs()
         # The rescaling cancels the last entry of softmax(xi); 0 keeps it out of the way.
         xi = torch.cat([(gaps / gaps.mean()).log(), gaps.new_zeros(1)])
-        moved = bool((grid.t_model[0] != grid.t[0]).item())
-        first = grid.schedule.lam(grid.t_model[0]) if moved else None
+        first = None
+        if grid.t_model[0] != grid.t[0]:
+            lam_T, lam_1 = grid.lam[:2]
+            share = (grid.schedule.lam(grid.t_model[0]) - lam_T) / (lam_1 - lam_T)
+            first = share.clamp(0.01, 0.99).logit()
         xi_c = to_variable(grid.t_model) - u
         xi_c[0] = 0.0
         return cls(grid.schedule, xi, xi_c, variable, offset_fraction, first)
@@ -270,8 +274,8 @@ class LearnedGrid:
         )
         if self.first is None:
             return TimeGrid(self.schedule, t, t_model)
-        lowest, highest = self.schedule.lam(u.new_tensor([self.schedule.T, self.schedule.t_min]))
-        t_first = self.schedule.t_of_lam(self.first.clamp(lowest, highest))
+        lam_T, lam_1 = self.schedule.lam(t[:2])
+        t_first = self.schedule.t_of_lam(lam_T + self.first.sigmoid() * (lam_1 - lam_T))
         size = [
             (self.schedule.alpha(at) ** 2 + self.schedule.sigma(at) ** 2).sqrt()
             for at in (t_first, t[0])

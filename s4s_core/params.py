@@ -45,6 +45,7 @@ def setting(
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 LEARNERS = ("first_order", "gauss_newton")
+JACOBIANS = ("differences", "jvp", "auto")
 DISTANCES = ("l2", "psnr", "lpips", "features")
 
 
@@ -79,7 +80,7 @@ class Params:
     batch_size: int = setting(20, "pairs a step", above=0)
     batch_size_alt: int = setting(40, "pairs a step where times are learned", above=0)
     # Length
-    epochs: int = setting(10, "passes over the pairs, of one block alone", above=0)
+    epochs: int = setting(10, "passes over the pairs; of gauss_newton at most", above=0)
     rounds: int = setting(8, "K of Alg. 2", above=0)
     phase_epochs: int = setting(2, "passes over the pairs in a phase of Alg. 2", above=0)
     first_phase: str = setting("phi", "block that Alg. 2 begins with", choices=("phi", "xi"))
@@ -92,8 +93,9 @@ class Params:
     # The learner of experiments, and Gauss-Newton
     learner: str = setting("first_order", "by what experiments learn", choices=LEARNERS)
     free_first_call: bool = setting(False, "gauss_newton moves the level of the first call, too")
-    newton_batch_size: int = setting(32, "fresh pairs a step", above=0)
+    newton_batch_size: int = setting(32, "pairs a step", above=0)
     newton_damping: float = setting(1e-2, "first damping of a step, of the diagonal", above=0)
+    jacobian: str = setting("auto", "of the network, for gauss_newton", choices=JACOBIANS)
     # Optimisers
     lr_phi: float = setting(1e-2, "rate of the coefficients, a step of Adam", above=0)
     lr_xi: float = setting(5e-3, "rate of the times, a step of RMSprop", above=0)

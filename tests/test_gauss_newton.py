@@ -106,6 +106,7 @@ def test_a_weight_costs_the_calls_after_it(problem, blocks, calls):
     grid = time_edm(setup.schedule, 5)
     student = _Student(Solver(s4s.ipndm(grid, 3), grid), setup.params, blocks, None)
     problem = _Problem(student, replace(setup, denoiser=counting), teacher, setup.params)
+    counting.rows = 0
     problem.normal_equations(torch.zeros(student.size, dtype=torch.float64), torch.arange(10))
     assert counting.rows == 10 * (5 + calls)
 
@@ -128,14 +129,116 @@ def test_learning_by_calls_alone_lowers_the_loss_of_unseen_noises(problem):
     grid = time_logsnr(setup.schedule, 4)
     start = Solver(s4s.ipndm(grid, 3), grid)
     counting = Counting(setup.denoiser)
-    first, *epochs = learn_gauss_newton(start, replace(setup, denoiser=counting), teacher)
-    assert [e.index for e in epochs] == [1, 2] and first.solver.coefficients.nfe == 4
+    network = replace(setup, denoiser=counting)
+    first, *epochs = learn_gauss_newton(start, network, teacher, epochs=1)
+    assert [e.index for e in epochs] == [1, 2, 3, 4, 5] and first.solver.coefficients.nfe == 4
     found = min(e.valid_loss for e in epochs)
     assert found < 0.3 * first.valid_loss
     x_T, x_0 = teacher.valid
     assert l2(epochs[-1].best.sample(setup.denoiser, x_T), x_0).mean().item() == pytest.approx(
         found
     )
+
+
+def in_numpy(network):
+    """A session of another runtime: arrays in, arrays out, one type, and no gradient anywhere."""
+
+    def call(x, t):
+        answer = network(torch.from_numpy(x.numpy().copy()).float(), torch.tensor(float(t)))
+        return torch.from_numpy(answer.numpy().copy()).to(x.dtype)
+
+    return call
+
+
+def quantised(network):
+    layer = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(2))
+        layer.bias.zero_()
+    eight_bits = torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, torch.qint8)
+    return lambda x, t: network(eight_bits(x.float()).double(), t)
+
+
+NETWORKS = {
+    "numpy": in_numpy,
+    "compiled": lambda network: torch.compile(network, backend="eager"),
+    "quantised": quantised,
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_network_that_cannot_be_differentiated_is_learned_for(problem, kind):
+    setup, _ = problem()
+    setup = replace(setup, denoiser=NETWORKS[kind](s4s.load("mixture").denoiser))
+    with torch.no_grad():
+        teacher = make_teacher_set(setup)
+        grid = time_logsnr(setup.schedule, 4)
+        start = Solver(s4s.ipndm(grid, 3), grid)
+        first, *_, last = learn_gauss_newton(start, setup, teacher)
+    x_T, x_0 = teacher.valid
+    assert l2(last.best.sample(setup.denoiser, x_T), x_0).mean() < 0.5 * first.valid_loss
+
+
+def test_forward_mode_and_differences_agree_and_cost_what_they_cost(problem):
+    setup, teacher = problem()
+    network, found = Counting(setup.denoiser), {}
+    student = _Student(kinds(setup.schedule)["noise"], setup.params, ("phi", "xi"), None)
+    for jacobian in ("differences", "jvp", "auto"):
+        params = setup.params.override(jacobian=jacobian)
+        problem = _Problem(student, replace(setup, denoiser=network), teacher, params)
+        network.rows, theta = 0, torch.zeros(student.size, dtype=torch.float64)
+        found[jacobian] = (*problem.normal_equations(theta, torch.arange(32)), network.rows)
+    for a, b in zip(found["differences"][:3], found["jvp"], strict=False):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.01 * torch.as_tensor(b).abs().max())
+    assert found["jvp"][3] == 4 * 32 < found["differences"][3] == found["auto"][3]
+
+
+def test_forward_mode_is_refused_where_there_is_none(problem, one_sentence):
+    setup, teacher = problem()
+    setup = replace(setup, denoiser=in_numpy(setup.denoiser))
+    with one_sentence("the network of mixture has no forward derivative", "differences"):
+        next(learn_gauss_newton(kinds(setup.schedule)["noise"], setup, teacher, jacobian="jvp"))
+
+
+def test_noise_in_the_answers_is_found_and_said(problem, one_sentence):
+    setup, teacher = problem()
+    start, generator = kinds(setup.schedule)["noise"], torch.Generator().manual_seed(0)
+
+    def with_noise(size):
+        def denoiser(x, t):
+            D = setup.denoiser(x, t)
+            return D + size * torch.randn(D.shape, generator=generator, dtype=D.dtype)
+
+        return replace(setup, denoiser=denoiser)
+
+    with pytest.warns(UserWarning, match="network are noisy.*differences over .* instead of 0.3%"):
+        first, *_, last = learn_gauss_newton(start, with_noise(5e-4), teacher)
+    x_T, x_0 = teacher.valid
+    assert l2(last.best.sample(setup.denoiser, x_T), x_0).mean() < 0.5 * first.valid_loss
+    with one_sentence("too noisy to be differentiated", "choose jacobian jvp"):
+        next(learn_gauss_newton(start, with_noise(1.0), teacher))
+
+
+def test_of_several_starts_the_best_goes_on(problem):
+    setup, teacher = problem()
+    grid = time_logsnr(setup.schedule, 4)
+    good, table = Solver(s4s.ipndm(grid, 3), grid), s4s.ipndm(grid, 3)
+    bad = Solver(replace(table, b=table.b * 0), grid)
+    *alone, last = learn_gauss_newton(good, setup, teacher, blocks=["xi"])
+    *both, end = learn_gauss_newton(bad, setup, teacher, blocks=["xi"], starts=[good])
+    assert end.best == last.best and len(both) == len(alone) + 4
+    assert [e.index for e in [*both, end]] == list(range(len(both) + 1))
+
+
+def test_it_ends_where_the_validation_loss_no_longer_falls(problem):
+    setup, teacher = problem()
+    start = kinds(setup.schedule)["noise"]
+    long = list(learn_gauss_newton(start, setup, teacher, epochs=10_000))
+    lowest = [min(e.valid_loss for e in long[: i + 1]) for i in range(len(long))]
+    assert lowest[-1] > 0.96 * lowest[-5] and len(long) < 200
+    one = list(learn_gauss_newton(start, setup, teacher, epochs=1))
+    assert len(one) == 1 + 16 / 4 + 1  # 16 batches of 8 pairs, one of 32
 
 
 @pytest.mark.parametrize("kind", kinds(s4s.EDM()))
@@ -217,7 +320,7 @@ def test_answers_that_are_not_finite_end_with_the_best_so_far(problem):
 def test_what_it_does_not_read_or_cannot_lower_is_refused_in_one_sentence(problem, one_sentence):
     setup, teacher = problem()
     start = kinds(setup.schedule)["noise"]
-    for name in ("epochs", "batch_size", "lr_phi", "gamma", "n_train"):
+    for name in ("rounds", "batch_size", "lr_phi", "gamma", "n_train"):
         with one_sentence(f"learn_gauss_newton does not read {name} ("):
             next(learn_gauss_newton(start, setup, teacher, **{name: getattr(setup.params, name)}))
     with one_sentence("psnr", "sum of squares", "l2"):
@@ -259,22 +362,24 @@ def test_the_first_call_sees_x_in_the_scale_of_its_own_level():
     schedule, seen = s4s.EDM(), []
     grid = time_edm(schedule, 3)
     learned = s4s.LearnedGrid.start_at(grid)
-    first = replace(learned, first=torch.tensor(-math.log(5.0), dtype=torch.float64)).grid()
-    assert torch.equal(first.t, learned.grid().t) and first.t_model[0].item() == pytest.approx(5)
-    ratio = math.sqrt((1 + 5**2) / (1 + 80**2))
+    first = replace(learned, first=torch.tensor(math.log(3.0), dtype=torch.float64)).grid()
+    level = 80 ** (1 / 4) * first.t[1].item() ** (3 / 4)  # three quarters of the way, in lam
+    assert torch.equal(first.t, learned.grid().t)
+    assert first.t_model[0].item() == pytest.approx(level)
+    ratio = math.sqrt((1 + level**2) / (1 + 80**2))
     assert first.scale.tolist() == pytest.approx([ratio, 1, 1])
     again = s4s.LearnedGrid.start_at(first).grid()
     torch.testing.assert_close(again.t_model, first.t_model)
     torch.testing.assert_close(again.scale, first.scale)
 
     def denoiser(x, t):
-        seen.append((x, t.item()))
+        seen.append((x.item(), t.item()))
         return x / (1 + t**2)  # exact for a standard normal
 
     x_T = torch.full((1, 1), 80.0, dtype=torch.float64)
     table = s4s.dpm_solver_pp(first, 1)
     Solver(table, first).sample(denoiser, x_T)
-    assert seen[0][0].item() == pytest.approx(80 * ratio) and seen[0][1] == pytest.approx(5)
+    assert seen[0] == (pytest.approx(80 * ratio), pytest.approx(level))
     # By hand, in data form: y <- q y + (1 - q) D(scale y).
     y = 80.0
     for i in range(3):

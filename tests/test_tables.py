@@ -1,17 +1,23 @@
 """Tables of results: means over seeds, the best, and what is clear."""
 
-import pytest
+import math
 
+import pytest
+import torch
+
+from s4s_core import interval
 from s4s_core.experiments import tables
 
 
-def runs(method: str, nfe: int, *values: float, **keys) -> list[dict]:
+def runs(method: str, nfe: int, *values: float, spread: float = 0.1, **keys) -> list[dict]:
+    """A row for each seed; the blocks of noise shift all rows alike, and by up to `spread` each."""
     return [
         {
             "method": method,
             "nfe": nfe,
             "seed": seed,
             "frechet": value,
+            "frechet_blocks": [value - 1 + spread, value, value + 1 - spread * (seed + 1)],
             "seconds": 10.0 * nfe,
             **keys,
         }
@@ -34,36 +40,69 @@ def test_a_table_shows_mean_and_half_range_and_dashes_where_nothing_ran():
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_compare_names_the_best_and_says_whether_the_seeds_agree():
-    wide = [row | {"frechet": 10 * row["order"] + row["seed"]} for row in ROWS]
+def test_compare_names_the_best_and_says_whether_the_difference_is_clear():
+    wide = [row | {"frechet": 10 * row["order"] + row["seed"] / 100} for row in ROWS]
     lines = str(tables.compare(wide, by="order")).splitlines()
-    assert "| S4S | 4 | 3 | 4 | 30.500 | 40.500 | yes |" in lines
-    overlapping = str(tables.compare(ROWS, by="order")).splitlines()
-    assert "| S4S | 4 | 3 | 4 | 7.500 | 8.500 | no |" in overlapping
+    assert "| S4S | 4 | 3 | 4 | 30.005 | 40.005 | -10.000 to -10.000 | yes |" in lines
+    noisy = [row | {"frechet": row["frechet"] + row["order"] * row["seed"]} for row in ROWS]
+    (line, *_) = [x for x in str(tables.compare(noisy, by="order")).splitlines() if "S4S" in x]
+    assert line.startswith("| S4S | 4 | 3 | 4 | 9.000 | 10.500 | -") and line.endswith("| no |")
     assert not any(line.startswith("| none | 4 |") for line in lines)  # one order alone
 
 
 def test_cells_better_counts_means_and_names_the_rest():
     rows = [
-        {"learn": learn, "grid": grid, "solver": "ipndm", "nfe": nfe, "frechet": value}
+        row
         for grid, nfe, none, learned in [
-            ("edm", 3, [4.0, 4.0], [1.0, 2.0]),  # clear
+            ("edm", 3, [4.0], [1.0, 1.1]),  # clear: each block and seed says so
             ("edm", 4, [4.0], [3.0, 4.5]),  # better on average, one seed is not
             ("dmn", 4, [2.0], [2.0, 2.5]),  # worse
+            ("dmn", 6, [2.0], [4.0, 4.1]),  # clearly worse
             ("dmn", 5, [2.0], []),  # no pair
         ]
         for learn, values in (("none", none), ("coefficients", learned))
-        for value in values
+        for row in runs("", nfe, *values, grid=grid, solver="ipndm", learn=learn)
     ]
     text = tables.cells_better(rows, "coefficients", "none")
     assert text.splitlines() == [
-        "frechet: better in 2 of 3 cells, clearly in 1, not in",
+        "frechet: better in 2 of 4 cells, clearly in 1, not in",
         "",
         "- dmn, ipndm, 4: 2.250 against 2.000",
+        "- dmn, ipndm, 6: 4.050 against 2.000, clearly",
     ]
     assert "better in 2 of 2 cells, clearly in 1" in tables.cells_better(
         [row for row in rows if row["grid"] == "edm"], "coefficients", "none"
     )
+
+
+def test_a_solver_is_never_clearly_better_than_itself():
+    generator = torch.Generator().manual_seed(0)
+    for seeds in (1, 3):
+        values = torch.rand(seeds, generator=generator).tolist()
+        same = [runs(name, 4, *values, spread=0.5) for name in "ab"]
+        assert tables.difference(*same) == (0, 0)
+        assert not tables.is_clearly_less(*same) and not tables.is_clearly_less(*same[::-1])
+    # Relearned with other seeds it is another draw of the same thing: rarely clear, as 5 % are.
+    count = 0
+    for _ in range(400):
+        seeds, blocks = (
+            torch.randn(2, 3, 1, generator=generator),
+            torch.randn(5, generator=generator),
+        )
+        noise = 0.3 * torch.randn(2, 3, 5, generator=generator)
+        low, high = interval((0.3 * seeds + 10 * blocks + noise).diff(dim=0)[0])
+        count += low > 0 or high < 0
+    assert count <= 0.07 * 400
+
+
+def test_an_interval_is_that_of_student_where_only_seeds_or_blocks_differ():
+    values = torch.tensor([1.0, 2.0, 4.0])
+    low, high = 7 / 3 - 4.302653 * math.sqrt(7 / 9), 7 / 3 + 4.302653 * math.sqrt(7 / 9)
+    for table in (values[None], values[:, None]):
+        assert interval(table) == pytest.approx((low, high), abs=1e-5)
+    assert interval(values[:1, None]) == (-math.inf, math.inf)
+    low, high = interval(values[:, None] + values[None])  # 4 degrees of freedom, twice the variance
+    assert (high - low) / 2 == pytest.approx(2.776445 * math.sqrt(14 / 9), abs=1e-5)
 
 
 def test_best_keeps_the_setting_of_the_smallest_mean_in_each_group():
@@ -97,7 +136,7 @@ def test_calls_to_match_takes_the_fewest_or_says_that_none_suffice():
 
 def test_agreement_counts_pairs_and_names_those_in_another_order():
     rows = runs("a", 4, 1.0, 2.0) + runs("b", 4, 2.5, 4.0) + runs("c", 4, 2.0, 3.0)
-    rows += runs("a", 6, 5.0) + runs("b", 6, 4.0)
+    rows += runs("a", 6, 5.0) + runs("b", 6, 4.0, spread=0.2)
     paper = {4: ["a", "b", "c", "nowhere"], 6: ["a", "b"], 8: ["a", "b"]}
     assert tables.agreement(rows, paper).splitlines() == [
         "frechet: 2 of 4 pairs come in the paper's order, 1 clearly; the others do not",
@@ -106,4 +145,4 @@ def test_agreement_counts_pairs_and_names_those_in_another_order():
         "- NFE 6: b 4.00 before a 5.00, clearly",
     ]
     (sentence,) = tables.agreement(rows[:4], paper).splitlines()
-    assert sentence == "frechet: 1 of 1 pairs come in the paper's order, 1 clearly"
+    assert sentence == "frechet: 1 of 1 pairs come in the paper's order, 0 clearly"

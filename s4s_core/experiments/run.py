@@ -23,8 +23,9 @@ from torch import Tensor
 
 from .. import __version__
 from ..baselines.dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
+from ..denoiser import CallCounter
 from ..errors import progress, write_atomically
-from ..evaluate import frechet_distance
+from ..evaluate import FeatureSums, feature_sums, frechet_distance, merge, thumbnails
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, LearningDivergedError
 from ..models import zoo
@@ -40,26 +41,39 @@ if TYPE_CHECKING:
     from pandas import DataFrame  # imported where used: it takes longer than all of this package
 
 
+BLOCKS = 5  # of the evaluation noises, for intervals
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run gave.
 
     frechet   Fréchet distance of `n_samples` samples, seeds 0 to n_samples - 1, to the real data,
               with the features that `features` names
+    frechet_to_teacher  the same to as many samples of the teacher from other noises; the teacher
+              itself has the floor of this number
+    thumbnails_to_teacher  that again in small means of pixels, which are no network's features
     distance_to_teacher  root mean square difference per entry between those samples and the
               teacher's from the same noise
+    blocks    each of these numbers, by its name, on disjoint blocks of the samples
     seconds   of learning, or of measuring the statistics of DPM-Solver-v3 (0.0 without either),
               from the pairs on
+    evaluations, backward  samples that the network saw in learning, and was differentiated for
     history   one record an epoch: losses, table and times
     """
 
     config: dict[str, Any]
     solver: Solver
     frechet: float
+    frechet_to_teacher: float
+    thumbnails_to_teacher: float
     distance_to_teacher: float
+    blocks: dict[str, list[float]]
     n_samples: int
     features: str
     seconds: float
+    evaluations: int
+    backward: int
     history: list[dict[str, Any]]
 
     @classmethod
@@ -69,10 +83,12 @@ class Result:
         return cls(**{**entries, "solver": Solver.from_dict(entries["solver"])})
 
     def row(self) -> dict[str, Any]:
-        """Return one flat record for tables and plots."""
+        """Return one flat record for tables and plots; the blocks of a number are a column."""
         names = ("dataset", "grid", "solver", "order", "nfe", "learn", "seed")
-        metrics = ("frechet", "distance_to_teacher", "seconds", "n_samples", "features")
-        return {n: self.config[n] for n in names} | {n: getattr(self, n) for n in metrics}
+        costs = ("seconds", "evaluations", "backward", "n_samples", "features")
+        record = {n: self.config[n] for n in names}
+        record |= {n: getattr(self, n) for n in (*self.blocks, *costs)}
+        return record | {f"{n}_blocks": values for n, values in self.blocks.items()}
 
 
 def run(experiment: Experiment) -> Result:
@@ -88,25 +104,46 @@ def run(experiment: Experiment) -> Result:
     except (ValueError, KeyError, TypeError) as error:  # e.g. edited by hand: make it again
         print(f"{path} is not a readable result ({error}); computing it again", file=sys.stderr)
     setup = _setup(experiment)
-    solver, seconds, history = _learned(experiment, setup, path)
-    n = setup.params.fid_samples
-    x_0 = torch.cat([x.cpu() for x in sample_batches(solver, setup, range(n))])
-    sums = setup.feature_sums(x_0.split(setup.params.sample_batch_size))
-    metrics: dict[str, Any] = {
-        "frechet": frechet_distance(sums, setup.reference),
-        "distance_to_teacher": (x_0 - _teacher_samples(setup)).square().mean().sqrt().item(),
-        "n_samples": n,
-        "features": setup.features_name,
-    }
+    solver, costs, history = _learned(experiment, setup, path)
+    metrics, blocks = _measured(solver, setup)
+    metrics |= {"n_samples": setup.params.fid_samples, "features": setup.features_name}
     config = experiment.config()
     versions = {"s4s_core": __version__, "torch": torch.__version__, "python": _python()}
     provenance = {"experiment": config, **metrics, "versions": versions}
     solver = Solver(solver.coefficients, solver.grid, provenance)
-    result = Result(config, solver, seconds=seconds, history=history, **metrics)
+    result = Result(config, solver, blocks=blocks, history=history, **metrics, **costs)
     entries = {f.name: getattr(result, f.name) for f in fields(Result)}
     entries["solver"] = solver.to_dict()
     write_atomically(path, (json.dumps(entries, indent=1) + "\n").encode())
     return result
+
+
+def _measured(solver: Solver, setup: Setup) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """The numbers of Result by name, of all samples and of each block."""
+    n, size = setup.params.fid_samples, setup.params.sample_batch_size
+    x_0 = torch.cat([x.cpu() for x in sample_batches(solver, setup, range(n))])
+    error = x_0 - _teacher_samples(setup)
+    parts = torch.arange(n).tensor_split(min(BLOCKS, max(1, n // 2)))  # 2 samples at least
+    sums = [_sums(setup, x_0[part].split(size)) for part in parts]
+    others = _teacher_sums(setup)
+
+    def numbers(sums: dict[str, FeatureSums], error: Tensor) -> dict[str, float]:
+        return {
+            "frechet": frechet_distance(sums["features"], setup.reference),
+            "frechet_to_teacher": frechet_distance(sums["features"], others["features"]),
+            "thumbnails_to_teacher": frechet_distance(sums["thumbnails"], others["thumbnails"]),
+            "distance_to_teacher": error.square().mean().sqrt().item(),
+        }
+
+    found = [numbers(s, error[part]) for s, part in zip(sums, parts, strict=True)]
+    blocks = {name: [block[name] for block in found] for name in found[0]}
+    return numbers({name: merge(*(s[name] for s in sums)) for name in others}, error), blocks
+
+
+def _sums(setup: Setup, samples: Sequence[Tensor]) -> dict[str, FeatureSums]:
+    """The sums of the features of the model and of thumbnails."""
+    small = feature_sums(lambda x: thumbnails(setup.decode(x.to(setup.device))), samples)
+    return {"features": setup.feature_sums(samples), "thumbnails": small}
 
 
 def learn_on(setup: Setup, experiment: Experiment) -> Solver:
@@ -248,10 +285,15 @@ def _time_grid(experiment: Experiment, setup: Setup) -> TimeGrid:
 
 
 def _ld3(experiment: Experiment) -> Experiment:
-    """The run whose grid "ld3" is: the same solver at one order, so that orders compare."""
+    """The run whose grid "ld3" is: the same solver at one order, so that orders compare.
+
+    LD3 is a method with an optimiser of its own, whatever else the experiment learns with.
+    """
     params = experiment.params
     order = SOLVERS[experiment.solver].highest(min(params.ld3_order, experiment.nfe))
-    return experiment.variant(grid=params.ld3_start, order=order, learn="times")
+    first_order = experiment.variant(grid=params.ld3_start, order=order, learn="times")
+    vars(first_order)["params"] = params.override(learner="first_order")
+    return first_order
 
 
 def _representative_for_grid(experiment: Experiment) -> Experiment:
@@ -279,26 +321,30 @@ def _model(dataset: str, of_the_model: Params) -> Setup:
 
 def _learned(
     experiment: Experiment, setup: Setup, path: Path
-) -> tuple[Solver, float, list[dict[str, Any]]]:
-    """The learned solver, the seconds that took and the history."""
+) -> tuple[Solver, dict[str, Any], list[dict[str, Any]]]:
+    """The learned solver, what that cost and the history."""
     solver, learn = initial_solver(experiment), experiment.learner
+    counter = CallCounter(setup.denoiser)
+    costs: dict[str, Any] = {"seconds": 0.0, "evaluations": 0, "backward": 0}
     if experiment.solver == DPM_SOLVER_V3:
-        return solver, _statistics(setup, experiment.seed)[1], []
+        return solver, costs | {"seconds": _statistics(setup, experiment.seed)[1]}, []
     if learn is None:
-        return solver, 0.0, []
+        return solver, costs, []
     teacher = _teacher_set(setup, experiment.seed, alt=experiment.learn != "coefficients")
     # The rivals whose coefficients follow the current times do so in the authors' own code.
     follows = experiment.newton_blocks or experiment.learn in ("times", "generalised")
     scheme = {"scheme": partial(_table, experiment)} if follows else {}
     history, best, began = [], solver, time.perf_counter()
     try:
-        for epoch in learn(solver, setup, teacher, seed=experiment.seed, **scheme):
+        counted = setup.variant(denoiser=counter)
+        for epoch in learn(solver, counted, teacher, seed=experiment.seed, **scheme):
             best = epoch.best
             history.append(_record(epoch))
     except (KeyboardInterrupt, LearningDivergedError):
         best.save(path.with_name(f"{path.stem}_best_so_far.json"))
         raise
-    return best, time.perf_counter() - began, history
+    costs = {"seconds": time.perf_counter() - began}
+    return best, costs | {n: getattr(counter, n) for n in ("evaluations", "backward")}, history
 
 
 def _record(epoch: Epoch) -> dict[str, Any]:
@@ -347,6 +393,28 @@ def _teacher_samples(setup: Setup) -> Tensor:
 
     config = {"seeds": setup.params.fid_samples}
     return cached_tensors(setup, "teacher_samples", config, make)["x_0"]
+
+
+def _teacher_sums(setup: Setup) -> dict[str, FeatureSums]:
+    """Sums of the teacher's samples from as many seeds above those of the evaluation, cached."""
+    n, size = setup.params.fid_samples, setup.params.sample_batch_size
+
+    def make() -> dict[str, Tensor]:
+        batches = sample_batches(setup.teacher, setup, range(n, 2 * n), "teacher, other noises")
+        parts = [_sums(setup, x.split(size)) for x in batches]
+        merged = {name: merge(*(part[name] for part in parts)) for name in parts[0]}
+        return {
+            f"{name}_{key}": torch.as_tensor(value)
+            for name, sums in merged.items()
+            for key, value in vars(sums).items()
+        }
+
+    config = {"seeds": [n, 2 * n], "features": setup.features_name}
+    found = cached_tensors(setup, "teacher_sums", config, make)
+    return {
+        name: FeatureSums(int(found[f"{name}_n"]), found[f"{name}_first"], found[f"{name}_second"])
+        for name in ("features", "thumbnails")
+    }
 
 
 def _python() -> str:

@@ -3,6 +3,9 @@
 `rows` is everywhere a pandas frame with a row for each run, or a list of dictionaries; runs that
 agree in all columns asked about differ in the seed. Each function returns Markdown that a notebook
 renders and a terminal prints.
+
+A difference between two settings is taken on the same noises, and is "clear" where its 95 %
+interval over blocks of noise and seeds of learning excludes zero.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +13,10 @@ from itertools import combinations
 from typing import Any, TypeAlias
 
 import pandas as pd
+import torch
+from torch import Tensor
+
+from ..evaluate import interval
 
 Rows: TypeAlias = pd.DataFrame | Iterable[Mapping[str, Any]]
 
@@ -34,6 +41,12 @@ def _by(rows: Rows, keys: Sequence[str], value: str) -> pd.DataFrame:
 def _tuple(key: Any) -> tuple:
     """A group's key, which pandas gives bare where there is one column."""
     return key if isinstance(key, tuple) else (key,)
+
+
+def _groups(rows: Rows, keys: Sequence[str]) -> dict[tuple, pd.DataFrame]:
+    """The rows of each combination of `keys`, in order of first appearance."""
+    groups = _frame(rows).groupby(list(keys), sort=False)
+    return {_tuple(key): group for key, group in groups}
 
 
 def _markdown(lines: list[list[str]]) -> Table:
@@ -87,31 +100,53 @@ def compare(
     value: str = "frechet",
     digits: int = 3,
 ) -> Table:
-    """Return which setting of `by` is best in each group of `within`, and if the seeds agree.
+    """Return which setting of `by` is best in each group of `within`, and by how much.
 
-    "clear" means that the worst seed of the best setting still beats the best seed of every other.
+    The difference is the interval of best minus runner-up; "clear" where the best is clearly less
+    than every other setting.
     """
-    lines = [[*within, f"best {by}", "runner-up", f"{value}, best", "runner-up", "clear"]]
+    lines = [[*within, f"best {by}", "runner-up", f"{value}, best", "runner-up"]]
+    lines[0] += ["difference", "clear"]
     lines.append(["---"] * len(lines[0]))
-    for group, members in _frame(rows).groupby(list(within), sort=False):
-        runs = _by(members, [by], value).sort_values("mean", kind="stable")
-        if len(runs) < 2:
+    for group, members in _groups(rows, within).items():
+        found = _groups(members, [by])
+        names = sorted(found, key=lambda name: found[name][value].mean())
+        if len(names) < 2:
             continue
-        clear = runs["max"].iloc[0] < runs["min"].iloc[1:].min()
-        means = [f"{mean:.{digits}f}" for mean in runs["mean"].iloc[:2]]
-        names = [*map(str, group), *map(str, runs.index[:2])]
-        lines.append([*names, *means, "yes" if clear else "no"])
+        best, *others = (found[name] for name in names)
+        clear = all(is_clearly_less(best, other, value) for other in others)
+        numbers = [f"{runs[value].mean():.{digits}f}" for runs in (best, others[0])]
+        low, high = difference(best, others[0], value)
+        numbers.append(f"{low:.{digits}f} to {high:.{digits}f}")
+        settings = [str(name) for (name,) in names[:2]]
+        lines.append([*map(str, group), *settings, *numbers, "yes" if clear else "no"])
     return _markdown(lines)
 
 
-def _pairs(
-    rows: Rows, setting: Any, than: Any, by: str, within: Sequence[str], value: str
-) -> pd.DataFrame:
-    """Groups of `within` that have runs of both settings: their statistics, side by side."""
-    found = _by(rows, [*within, by], value)
-    a, b = (found.xs(s, level=by) if s in found.index.unique(by) else found[:0].droplevel(by)
-            for s in (setting, than))  # fmt: skip
-    return a.join(b, how="inner", suffixes=("_a", "_b"))
+def difference(a: Rows, b: Rows, value: str = "frechet") -> tuple[float, float]:
+    """Return the 95 % interval of the mean of `value` over the runs a minus that over the runs b.
+
+    a, b  runs that differ in the seed of learning, judged on the same noises; a side without seeds,
+          such as a published solver, is one run and stands beside each of the other side's
+
+    The blocks of noise are in the column `value`_blocks; without it all noise is one block.
+    """
+    first, second = (_values(_frame(rows), value) for rows in (a, b))
+    seeds = min(len(first), len(second)) if min(len(first), len(second)) > 1 else None
+    return interval(first[:seeds] - second[:seeds])
+
+
+def is_clearly_less(a: Rows, b: Rows, value: str = "frechet") -> bool:
+    """Return whether the whole interval of the `difference` lies below zero."""
+    return difference(a, b, value)[1] < 0
+
+
+def _values(runs: pd.DataFrame, value: str) -> Tensor:
+    """(S, B): `value` of each seed of learning on each block of noise."""
+    runs = runs.sort_values("seed", kind="stable") if "seed" in runs else runs
+    blocks = f"{value}_blocks"
+    values = runs[blocks] if blocks in runs else [[v] for v in runs[value]]
+    return torch.tensor(list(values), dtype=torch.float64)
 
 
 def cells_better(
@@ -124,18 +159,24 @@ def cells_better(
 ) -> Table:
     """Return in how many cells of `within` the mean of `value` is smaller for one setting of `by`.
 
-    Cells where it is not are named, with both means; "clearly" counts those in which the worst
-    seed of the better setting beats the best seed of the other.
+    Cells where it is not are named, with both means; "clearly" counts the cells where the
+    difference is clear.
     """
-    pairs = _pairs(rows, setting, than, by, within, value)
-    worse = pairs[pairs["mean_a"] >= pairs["mean_b"]]
-    clear = (pairs["max_a"] < pairs["min_b"]).sum()
-    text = f"{value}: better in {len(pairs) - len(worse)} of {len(pairs)} cells, clearly in {clear}"
-    lines = [
-        f"- {', '.join(map(str, _tuple(cell)))}: {a:.3f} against {b:.3f}"
-        for cell, a, b in zip(worse.index, worse["mean_a"], worse["mean_b"], strict=True)
-    ]
-    return Table("\n".join([text + (", not in" if len(worse) else ""), "", *lines]))
+    found = _groups(rows, [*within, by])
+    cells = {
+        tuple(cell): (runs, found[*cell, than])
+        for (*cell, name), runs in found.items()
+        if name == setting and (*cell, than) in found
+    }
+    clear, lines = 0, []
+    for cell, (a, b) in cells.items():
+        clear += is_clearly_less(a, b, value)
+        if (mean := a[value].mean()) >= (other := b[value].mean()):
+            clearly = ", clearly" if is_clearly_less(b, a, value) else ""
+            name = ", ".join(map(str, cell))
+            lines.append(f"- {name}: {mean:.3f} against {other:.3f}{clearly}")
+    text = f"{value}: better in {len(cells) - len(lines)} of {len(cells)} cells, clearly in {clear}"
+    return Table("\n".join([text + (", not in" if lines else ""), "", *lines]))
 
 
 def best(
@@ -167,19 +208,19 @@ def agreement(
     """Return how many pairs of settings of `by` come in the paper's order, and which do not.
 
     paper  value of `within` -> the settings as the paper ranks them, best first
-    "clearly" means that the worst seed of one still beats the best seed of the other.
+    "clearly" means that the interval of their difference excludes zero.
     """
-    found = _by(rows, [within, by], value)
+    found = _groups(rows, [within, by])
     count, clear, contrary = 0, 0, []
     for at, order in paper.items():
         for first, second in combinations(order, 2):
-            if (at, first) not in found.index or (at, second) not in found.index:
+            if (at, first) not in found or (at, second) not in found:
                 continue
-            a, b = found.loc[(at, first)], found.loc[(at, second)]
-            count, clear = count + 1, clear + int(a["max"] < b["min"])
-            if a["mean"] >= b["mean"]:
-                means = f"{second} {b['mean']:.{digits}f} before {first} {a['mean']:.{digits}f}"
-                clearly = ", clearly" if b["max"] < a["min"] else ""
+            a, b = found[at, first], found[at, second]
+            count, clear = count + 1, clear + int(is_clearly_less(a, b, value))
+            if (mean := a[value].mean()) >= (other := b[value].mean()):
+                means = f"{second} {other:.{digits}f} before {first} {mean:.{digits}f}"
+                clearly = ", clearly" if is_clearly_less(b, a, value) else ""
                 contrary.append(f"- {within.upper()} {at}: {means}{clearly}")
     text = f"{value}: {count - len(contrary)} of {count} pairs come in the paper's order"
     text += f", {clear} clearly" + ("; the others do not\n" if contrary else "")
