@@ -80,8 +80,10 @@ def _run(preset: str, out: str | None, **given) -> None:
     result.solver.save(path)
     seeds = f"{result.n_samples} samples, seeds 0-{result.n_samples - 1}"
     print(f"Fréchet distance ({result.features}; {seeds})  {result.frechet:.4f}")
+    print(f"the same to as many other samples of the teacher  {result.frechet_to_teacher:.4f}")
     print(f"distance to the teacher (root mean square)  {result.distance_to_teacher:.4f}")
-    print(f"seconds of learning  {result.seconds:.1f}")
+    cost = f"{result.evaluations} samples seen by the network, {result.backward} differentiated"
+    print(f"seconds of learning  {result.seconds:.1f} ({cost})")
     print(f"solver  {path}")
 
 

@@ -178,8 +178,15 @@ def test_result_is_measured_as_it_says():
     x_0 = result.solver.sample(setup.denoiser, s4s.initial_noise(setup, range(50)))
     sums = s4s.feature_sums(lambda x: x, [x_0])
     assert result.frechet == pytest.approx(s4s.frechet_distance(sums, setup.reference), rel=1e-9)
-    assert result.n_samples == 50 and result.history == [] and result.seconds == 0
-    assert result.row() | {"seconds": 0.0} == {
+    assert result.n_samples == 50 and result.history == []
+    assert (result.seconds, result.evaluations, result.backward) == (0, 0, 0)
+    teacher = s4s.load("mixture", **TINY).teacher
+    others = teacher.sample(setup.denoiser, s4s.initial_noise(setup, range(50, 100)))
+    apart = s4s.frechet_distance(sums, s4s.feature_sums(lambda x: x, [others]))
+    assert result.frechet_to_teacher == pytest.approx(apart, rel=1e-9)
+    assert result.thumbnails_to_teacher == pytest.approx(apart, rel=1e-9)  # points are so small
+    metrics = ["frechet", "frechet_to_teacher", "thumbnails_to_teacher", "distance_to_teacher"]
+    assert result.row() == {
         "features": "the plane itself",
         "dataset": "mixture",
         "grid": "logsnr",
@@ -188,11 +195,59 @@ def test_result_is_measured_as_it_says():
         "nfe": 4,
         "learn": "none",
         "seed": 0,
-        "frechet": result.frechet,
-        "distance_to_teacher": result.distance_to_teacher,
+        **{name: getattr(result, name) for name in metrics},
+        **{f"{name}_blocks": result.blocks[name] for name in metrics},
         "seconds": 0.0,
+        "evaluations": 0,
+        "backward": 0,
         "n_samples": 50,
     }
+
+
+def test_the_blocks_of_a_result_are_disjoint_parts_of_its_samples():
+    result, setup = run(tiny("none")), s4s.load("mixture", **TINY)
+    for i, seeds in enumerate(torch.arange(50).tensor_split(5)):
+        x_T = s4s.initial_noise(setup, seeds.tolist())
+        x, exact = (psi.sample(setup.denoiser, x_T) for psi in (result.solver, setup.teacher))
+        sums = s4s.feature_sums(lambda x: x, [x])
+        assert result.blocks["frechet"][i] == pytest.approx(
+            s4s.frechet_distance(sums, setup.reference), rel=1e-9
+        )
+        assert result.blocks["distance_to_teacher"][i] == pytest.approx(
+            (x - exact).square().mean().sqrt().item(), rel=1e-9
+        )
+    squares = torch.tensor(result.blocks["distance_to_teacher"]).square()
+    assert squares.mean().sqrt().item() == pytest.approx(result.distance_to_teacher, rel=1e-6)
+    assert [len(b) for b in run(tiny("none", {"fid_samples": 7})).blocks.values()] == [3] * 4
+
+
+@pytest.mark.parametrize("learner", ["first_order", "gauss_newton"])
+def test_what_learning_cost_the_network_is_counted(learner, monkeypatch):
+    seen = []
+    learned = run_module._learned
+
+    def counting(experiment, setup, path):
+        run_module._teacher_set(setup, experiment.seed, alt=True)  # made before, and kept
+
+        def denoiser(x, t):
+            seen.append(len(x))
+            return setup.denoiser(x, t)
+
+        return learned(experiment, setup.variant(denoiser=denoiser), path)
+
+    monkeypatch.setattr(run_module, "_learned", counting)
+    result = run(tiny("jointly", {"learner": learner}))
+    assert result.evaluations == sum(seen) > 0
+    assert (result.backward > 0) == (learner == "first_order")
+    assert result.backward < result.evaluations
+
+
+def test_the_ld3_grid_is_that_of_ld3_whatever_learns_on_it():
+    first, second = (
+        initial_solver(tiny("jointly", {"learner": learner}, grid="ld3")).grid.t
+        for learner in ("first_order", "gauss_newton")
+    )
+    assert torch.equal(first, second)
 
 
 def test_the_teacher_itself_has_no_distance_to_the_teacher():
