@@ -39,7 +39,7 @@ from .experiments.run import (
     Result,
     initial_solver,
     learn_on,
-    learning_seconds,
+    learning_costs,
     run,
     run_all,
     sample_errors,

@@ -350,11 +350,14 @@ def test_the_ld3_grid_is_learned_once_for_all_orders(results):
     assert len(files(results, "result_*.json")) == 1
 
 
-def test_learning_seconds_count_those_of_the_ld3_grid():
-    alone, started = tiny(learn="coefficients"), tiny(grid="ld3", learn="coefficients")
-    assert s4s.learning_seconds(alone) == run(alone).seconds > 0
-    own, ld3 = run(started).seconds, s4s.learning_seconds(replace(started, learn="none"))
-    assert s4s.learning_seconds(started) == own + ld3 and own > 0 and ld3 > 0
+def test_the_costs_of_learning_count_those_of_the_ld3_grid():
+    alone, started = tiny("jointly"), tiny("coefficients", grid="ld3")
+    names = ("seconds", "evaluations", "backward")
+    assert s4s.learning_costs(alone) == {n: getattr(run(alone), n) for n in names}
+    own, grid = run(started), s4s.learning_costs(replace(started, learn="none"))
+    both = s4s.learning_costs(started)
+    assert both == {n: getattr(own, n) + grid[n] for n in names} and min(grid.values()) > 0
+    assert all(getattr(own, n) > 0 for n in names)
 
 
 @pytest.mark.parametrize("name", experiment.SEARCHED)

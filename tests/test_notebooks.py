@@ -44,7 +44,7 @@ LONG = {
 }
 SHORT = {
     **{path.stem: {} for path in NOTEBOOKS.glob("0?_*.ipynb")},
-    "00_tour": {"nfe": 4, "samples": 300, "epochs": 1, "rounds": 1},
+    "00_tour": {"nfe": 4, "samples": 300, "pairs": 100},
     "appendix_theory": {},
     "appendix_train_denoiser": {},
     "bring_your_own_model": {"epochs": 2},

@@ -139,7 +139,7 @@ def test_a_pretrained_model_runs_through_the_order_ablation(placed, dataset):
 
 # The notebooks that ask more of a model than the others' list of experiments.
 OTHERS = {
-    ("00_tour", "cifar10"): {"nfe": 3, "samples": 4, "epochs": 1, "rounds": 1},
+    ("00_tour", "cifar10"): {"nfe": 3, "samples": 4, "pairs": 4},
     ("compare_learned", "cifar10"): LONG["compare_learned"],
     ("ablation_single_step", "ffhq"): LONG["ablation_single_step"],
     ("tables", "afhqv2"): LONG["tables"] | {"grids": ["edm", "ld3"], "solvers": ["ipndm"]},

@@ -175,10 +175,14 @@ def sample_errors(solver: Solver, setup: Setup) -> Tensor:
     return cached_tensors(setup, "errors", {"solver": numbers, "seeds": len(seeds)}, make)["error"]
 
 
-def learning_seconds(experiment: Experiment) -> float:
-    """Return the seconds of all that was learned for it, with the LD3 grid that it starts from."""
-    before = run(_ld3(experiment)).seconds if experiment.grid == "ld3" else 0.0
-    return before + run(experiment).seconds
+def learning_costs(experiment: Experiment) -> dict[str, float]:
+    """Return what all that was learned for it cost, with the LD3 grid that it starts from.
+
+    seconds; evaluations and backward as Result has them.
+    """
+    learned = [experiment, _ld3(experiment)] if experiment.grid == "ld3" else [experiment]
+    results = [run(e) for e in learned]
+    return {n: sum(getattr(r, n) for r in results) for n in ("seconds", "evaluations", "backward")}
 
 
 def run_all(
