@@ -70,11 +70,13 @@ def committed_numbers() -> set[str]:
                 data = output.get("data", {})
                 text = [output.get("text", ""), *(v for k, v in data.items() if "image" not in k)]
                 found |= set(re.findall(r"\d+\.\d+", "".join(map(str, text))))
-    metrics = ["frechet", "distance_to_teacher", "seconds"]
+    metrics = ["frechet", "frechet_to_teacher", "thumbnails_to_teacher", "distance_to_teacher"]
+    metrics += ["seconds", "evaluations", "backward"]
     for path in (ROOT / "figures").glob("*.csv"):
         rows = pandas.read_csv(path)
         values = [name for name in metrics if name in rows]
-        keys = [k for k in rows if k not in {*metrics, "seed", "n_samples", "features"}]
+        blocks = {k for k in rows if k.endswith("_blocks")}
+        keys = [k for k in rows if k not in {*metrics, *blocks, "seed", "n_samples", "features"}]
         for value in values:
             # Of a group whose seeds differ, and of each run.
             means = rows.groupby(keys, dropna=False)[value].agg(["mean", "min", "max"])
