@@ -81,9 +81,9 @@ def learn_gauss_newton(
         for index, run in enumerate(_turns(runs), start=1):
             try:
                 run.advance()
-            except ArithmeticError:
-                message = "the network's answers were not finite; this error's .best is the best"
-                raise LearningDivergedError(f"{message} so far", best) from None
+            except LearningDivergedError as error:
+                error.best = best
+                raise
             if run.valid_loss < best_loss:
                 best_loss, best = run.valid_loss, run.solver
             bar.update()
@@ -127,7 +127,7 @@ class _Run:
         return self.next is None or self.stale >= PATIENCE
 
     def advance(self) -> None:
-        """Take the steps of one epoch; ArithmeticError where the network is not finite."""
+        """Take the steps of one epoch."""
         losses = []
         for _ in range(STEPS_AN_EPOCH):
             if (batch := self.next) is None:
@@ -135,7 +135,8 @@ class _Run:
             self.next = next(self.batches, None)
             loss, g, G = self.problem.normal_equations(self.theta, batch)
             if not (math.isfinite(loss) and G.isfinite().all()):
-                raise ArithmeticError
+                message = "the network's answers were not finite; this error's .best is the best"
+                raise LearningDivergedError(f"{message} so far")
             self.theta = self.theta + self.memory.step(self.problem, self.theta, batch, loss, g, G)
             losses.append(loss)
         if losses:
