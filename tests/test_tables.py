@@ -40,6 +40,12 @@ def test_a_table_shows_mean_and_half_range_and_dashes_where_nothing_ran():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_numbers_of_exploded_samples_are_short():
+    rows = runs("a", 4, 6e17, 1e3) + runs("b", 4, 2.0)
+    assert "| a | 3.0e+17 ± 3.0e+17 |" in tables.pivot(rows, ("method",))
+    assert "4: 3.0e+17 against 2.000" in tables.cells_better(rows, "a", "b", "method", ("nfe",))
+
+
 def test_compare_names_the_best_and_says_whether_the_difference_is_clear():
     wide = [row | {"frechet": 10 * row["order"] + row["seed"] / 100} for row in ROWS]
     lines = str(tables.compare(wide, by="order")).splitlines()

@@ -49,6 +49,11 @@ def _groups(rows: Rows, keys: Sequence[str]) -> dict[tuple, pd.DataFrame]:
     return {_tuple(key): group for key, group in groups}
 
 
+def _number(value: float, digits: int) -> str:
+    """A number with some decimals, or in powers of ten where samples have exploded."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.1e}"
+
+
 def _markdown(lines: list[list[str]]) -> Table:
     return Table("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
 
@@ -87,8 +92,8 @@ def pivot(
                 continue
             cell = found.loc[(*line, c)]
             spread = (cell["max"] - cell["min"]) / 2
-            several = f" ± {spread:.{digits}f}" if cell["count"] > 1 else ""
-            cells.append(f"{cell['mean']:.{digits}f}{several}")
+            several = f" ± {_number(spread, digits)}" if cell["count"] > 1 else ""
+            cells.append(_number(cell["mean"], digits) + several)
         text.append([*map(str, line), *cells])
     return _markdown(text)
 
@@ -115,9 +120,9 @@ def compare(
             continue
         best, *others = (found[name] for name in names)
         clear = all(is_clearly_less(best, other, value) for other in others)
-        numbers = [f"{runs[value].mean():.{digits}f}" for runs in (best, others[0])]
+        numbers = [_number(runs[value].mean(), digits) for runs in (best, others[0])]
         low, high = difference(best, others[0], value)
-        numbers.append(f"{low:.{digits}f} to {high:.{digits}f}")
+        numbers.append(f"{_number(low, digits)} to {_number(high, digits)}")
         settings = [str(name) for (name,) in names[:2]]
         lines.append([*map(str, group), *settings, *numbers, "yes" if clear else "no"])
     return _markdown(lines)
@@ -174,7 +179,8 @@ def cells_better(
         if (mean := a[value].mean()) >= (other := b[value].mean()):
             clearly = ", clearly" if is_clearly_less(b, a, value) else ""
             name = ", ".join(map(str, cell))
-            lines.append(f"- {name}: {mean:.3f} against {other:.3f}{clearly}")
+            means = f"{_number(mean, 3)} against {_number(other, 3)}"
+            lines.append(f"- {name}: {means}{clearly}")
     text = f"{value}: better in {len(cells) - len(lines)} of {len(cells)} cells, clearly in {clear}"
     return Table("\n".join([text + (", not in" if lines else ""), "", *lines]))
 
