@@ -24,11 +24,11 @@ LONG = {
     "train_solver": PLANE | {"grids": ["edm", "logsnr"], "nfes": [3]},
     "tables": PLANE | {"grids": ["dmn", "gits", "ld3"], "solvers": ["ipndm", "unipc"], "nfes": [3]},
     "ablation_radius": PLANE | {"gammas": [0.0, 1.0], "nfes": [3]},
-    "ablation_init": PLANE | {"nfes": [3], "patient": {}},
+    "ablation_init": PLANE | {"nfes": [3]},
     "ablation_design": SMALL | {"nfes": [3]},  # compares LPIPS's form with L2: images
-    "ablation_dataset_size": PLANE | {"sizes": [20, 40], "nfe": 3},
+    "ablation_dataset_size": PLANE | {"sizes": [20, 40], "nfe": 3, "fid_samples": 100},
     "ablation_joint": PLANE | {"nfes": [3, 4]},
-    "ablation_single_step": PLANE | {"nfes": [3, 4]},
+    "ablation_single_step": PLANE | {"nfes": [3, 4], "fid_samples": 100},
     "compare_learned": PLANE
     | {"grids": ["edm", "ld3"], "solvers": ["ipndm"], "nfes": [3], "rival_nfes": [3], "target": 3},
     "figure_coefficient_pca": PLANE | {"nfe": 3, "epochs": 1},
