@@ -123,9 +123,11 @@ def _measured(solver: Solver, setup: Setup) -> tuple[dict[str, Any], dict[str, l
     n, size = setup.params.fid_samples, setup.params.sample_batch_size
     x_0 = torch.cat([x.cpu() for x in sample_batches(solver, setup, range(n))])
     error = x_0 - _teacher_samples(setup)
-    parts = torch.arange(n).tensor_split(min(BLOCKS, max(1, n // 2)))  # 2 samples at least
-    sums = [_sums(setup, x_0[part].split(size)) for part in parts]
     others = _teacher_sums(setup)
+    # A block has as many samples as features, at least: their covariance is singular otherwise.
+    n_blocks = min(BLOCKS, max(1, n // len(others["features"].first)))
+    parts = torch.arange(n).tensor_split(n_blocks)
+    sums = [_sums(setup, x_0[part].split(size)) for part in parts]
 
     def numbers(sums: dict[str, FeatureSums], error: Tensor) -> dict[str, float]:
         return {
@@ -135,9 +137,11 @@ def _measured(solver: Solver, setup: Setup) -> tuple[dict[str, Any], dict[str, l
             "distance_to_teacher": error.square().mean().sqrt().item(),
         }
 
-    found = [numbers(s, error[part]) for s, part in zip(sums, parts, strict=True)]
-    blocks = {name: [block[name] for block in found] for name in found[0]}
-    return numbers({name: merge(*(s[name] for s in sums)) for name in others}, error), blocks
+    total = numbers({name: merge(*(s[name] for s in sums)) for name in others}, error)
+    found = [total]
+    if n_blocks > 1:
+        found = [numbers(s, error[part]) for s, part in zip(sums, parts, strict=True)]
+    return total, {name: [block[name] for block in found] for name in total}
 
 
 def _sums(setup: Setup, samples: Sequence[Tensor]) -> dict[str, FeatureSums]:
