@@ -144,10 +144,18 @@ def _measured(solver: Solver, setup: Setup) -> tuple[dict[str, Any], dict[str, l
     return total, {name: [block[name] for block in found] for name in total}
 
 
+@torch.no_grad()
 def _sums(setup: Setup, samples: Sequence[Tensor]) -> dict[str, FeatureSums]:
-    """The sums of the features of the model and of thumbnails."""
-    small = feature_sums(lambda x: thumbnails(setup.decode(x.to(setup.device))), samples)
-    return {"features": setup.feature_sums(samples), "thumbnails": small}
+    """The sums of the features of the model and of thumbnails, each batch decoded once."""
+    decoded = setup.variant(decode=lambda x: x)
+    total: dict[str, FeatureSums] = {}
+    for x in samples:
+        images = [setup.decode(x.to(setup.device))]
+        sums = {"features": decoded.feature_sums(images)}
+        sums["thumbnails"] = feature_sums(thumbnails, images)
+        # One running sum, as in feature_sums: all batches' would fill the memory.
+        total = {name: merge(total[name], sums[name]) for name in sums} if total else sums
+    return total
 
 
 def learn_on(setup: Setup, experiment: Experiment) -> Solver:
