@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import rematerialized
+from .denoiser import check_contract, rematerialized
 from .errors import UsageError, halve_batch, progress
 from .grid import LearnedGrid, TimeGrid
 from .objective import (
@@ -161,6 +161,8 @@ def _learn(
 ) -> Iterator[Epoch]:
     """The one loop: `phases` lists which blocks step, and for how many passes."""
     check_fit(solver, setup, teacher)
+    _check_gradient(solver, setup, teacher)
+    solver = solver.learned_for(setup.model)
     student = _Student(solver, params, any("phi" in phase for phase, _ in phases), scheme)
     losses = _Losses(student, setup, teacher, params)
     noise = _RelaxedNoise(student, setup, losses, params)
@@ -221,6 +223,18 @@ def check_fit(solver: Solver, setup: Setup, teacher: TeacherSet) -> None:
             f"{setup.name} needs each sample's condition and the teacher set does not know its "
             "seeds: make it with make_teacher_set(setup)"
         )
+
+
+def _check_gradient(solver: Solver, setup: Setup, teacher: TeacherSet) -> None:
+    """Raise UsageError unless the model answers twice alike, and autograd reaches x through it."""
+    if torch.is_inference_mode_enabled() or teacher.x_T.is_inference():
+        raise UsageError("learning needs gradients: leave torch.inference_mode, here and for pairs")
+    seeds = None if teacher.seeds is None else teacher.seeds[:2].tolist()
+    denoiser, t = setup.denoiser_for(seeds), solver.grid.t_model[solver.grid.nfe // 2]
+    x = setup.schedule.alpha(t) * teacher.x_0[:2] + setup.schedule.sigma(t) * teacher.x_T[:2] / (
+        setup.schedule.sigma(setup.schedule.T)
+    )
+    check_contract(denoiser, x.to(setup.device), t, gradient=True)
 
 
 def _diverged(phase: str) -> str:
@@ -337,16 +351,16 @@ class _Losses:
         while True:
             size, found = self.sizes[what], []
             try:
-                for start, part in zip(x.split(size), pairs.split(size), strict=True):
-                    with torch.set_grad_enabled(learns):
+                with torch.set_grad_enabled(learns):
+                    for start, part in zip(x.split(size), pairs.split(size), strict=True):
                         now = self.student.coefficients(), self.student.times()
                         target = self.x_0[part]
                         loss = relaxed_loss(
                             self._denoiser(part), *now, start, target, self.distance
                         )
-                    if learns:
-                        (loss.sum() / len(pairs)).backward()
-                    found.append(loss.detach())
+                        if learns:
+                            (loss.sum() / len(pairs)).backward()
+                        found.append(loss.detach())
                 return torch.cat(found)
             except torch.OutOfMemoryError:
                 self.sizes[what] = halve_batch(min(size, len(pairs)), what)

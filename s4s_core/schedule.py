@@ -225,6 +225,15 @@ NAMED_SCHEDULES = {
 }
 
 
+def check_begins_in_noise(schedule: NoiseSchedule) -> None:
+    """Raise UsageError if signal is left at T, where samples cannot begin with noise alone."""
+    if (s := schedule.s(schedule.T).item()) < 5:  # Stable Diffusion, the lowest in use, has 14.6
+        raise UsageError(
+            f"at the end of {schedule} there is signal left (sigma / alpha = {s:.3g}), so that "
+            "noise alone is no sample of x_T: give Solver.sample images with noise, or raise T"
+        )
+
+
 def schedule_from_dict(entries: dict) -> NoiseSchedule:
     """Return the schedule that `NoiseSchedule.to_dict` wrote; UsageError for anything else."""
     if not isinstance(entries, dict):

@@ -63,6 +63,11 @@ class Setup:
             )
         return conditioned(self.denoiser, self.condition(seeds))
 
+    @property
+    def model(self) -> dict[str, Any]:
+        """What tells this model from others, for the provenance of solvers: JSON."""
+        return {"name": self.name, "guidance": self.params.guidance, "weights": self.weights}
+
     @cached_property
     def teacher(self) -> Solver:
         """The accurate solver that `params` name (Psi* of Alg. 1)."""

@@ -10,7 +10,10 @@ learning one is `requires_grad` on the table. A single-step solver is the same k
 finer grid, so that the loop knows one kind only.
 """
 
+import hashlib
 import json
+import math
+import warnings
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
@@ -341,10 +344,12 @@ def run_loop(
             x, y = sent, sent / alpha[i]
         seen = scale[i] * x
         evaluation = denoiser(seen, t_model[i])
-        if evaluation.shape != x.shape:
+        if not isinstance(evaluation, Tensor) or evaluation.shape != x.shape:
+            shape = getattr(evaluation, "shape", None)
+            what = type(evaluation).__name__ if shape is None else f"shape {tuple(shape)}"
             raise UsageError(
-                f"the denoiser returned shape {tuple(evaluation.shape)} for input "
-                f"{tuple(x.shape)}; it must return an estimate of x_0 of the same shape"
+                f"the denoiser returned {what} for input {tuple(x.shape)}; it must return an "
+                "estimate of x_0 of the same shape, as those of from_denoiser and its kin do"
             )
         if noise_form:
             evaluation = x_to_eps[i] * seen + D_to_eps[i] * evaluation
@@ -396,6 +401,10 @@ class Solver:
         """Network calls a sample: N, or k N for a single-step solver of k stages."""
         return self.coefficients.nfe
 
+    def learned_for(self, model: dict[str, Any]) -> "Solver":
+        """Return the same solver, whose provenance says for which model it was learned."""
+        return replace(self, provenance=self.provenance | {"model": model})
+
     def trajectory(self, denoiser: Denoiser, x_T: Tensor) -> Generator[Tensor, Tensor | None, None]:
         """Yield x at t_0 .. t_N; see the function of the same name."""
         schedule = getattr(denoiser, "schedule", self.grid.schedule)
@@ -411,8 +420,14 @@ class Solver:
         """Return x_0, like x_T (B, ...), from noise x_T of standard deviation sigma(T).
 
         Exactly `nfe` calls of denoiser(x, t). Raises UsageError if the denoiser has another
-        noise schedule, returns another shape, or if the sample is not finite.
+        noise schedule, returns another shape, if x_T has the spread of another noise, or if the
+        sample is not finite. Warns if the solver was learned for another model or guidance.
         """
+        _check_noise(x_T, self.grid.schedule)
+        learned_for, model = self.provenance.get("model"), getattr(denoiser, "model", None)
+        if learned_for and model and learned_for != model:
+            message = f"this solver was learned for {_told(learned_for)}, not for {_told(model)}"
+            warnings.warn(message + ": a published one may draw better there", stacklevel=3)
         x = deque(self.trajectory(denoiser, x_T), maxlen=1).pop()
         if not x.isfinite().all():
             points = enumerate(self.trajectory(denoiser, x_T))
@@ -496,6 +511,26 @@ class Solver:
             raise UsageError(f"{path}: {error}") from None
         except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
             raise UsageError(f"{path} is not a readable solver file ({error})") from None
+
+
+def _check_noise(x_T: Tensor, schedule: NoiseSchedule) -> None:
+    """Raise UsageError unless the spread of x_T can be that of alpha(T) x_0 + sigma(T) eps."""
+    sigma, alpha = schedule.sigma(schedule.T).item(), schedule.alpha(schedule.T).item()
+    rms, room = x_T.double().square().mean().sqrt().item(), 4 / math.sqrt(x_T.numel())
+    # No tighter than chance and data of root mean square 10 allow.
+    least, most = (0.8 - room) * sigma, (1.25 + room) * (sigma + 10 * alpha)
+    if math.isfinite(rms) and not least <= rms <= most:
+        raise UsageError(
+            f"x_T has the root mean square {rms:.3g}, but noise of {schedule} begins with sigma(T) "
+            f"= {sigma:.3g}: multiply standard normal noise by that, as initial_noise does"
+        )
+
+
+def _told(model: Any) -> str:
+    """A model in a few words."""
+    name, guidance, weights = (dict(model).get(n) for n in ("name", "guidance", "weights"))
+    digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{str(name)[:80]} (guidance {guidance}, weights {digest})"
 
 
 FORMAT, VERSION = "s4s-solver", 3

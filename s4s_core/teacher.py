@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError, halve_batch, progress
+from .schedule import check_begins_in_noise
 from .setup import Setup
 from .solver import Solver
 
@@ -18,8 +19,10 @@ def initial_noise(setup: Setup, seeds: Iterable[int]) -> Tensor:
     """Draw x_T ~ N(0, sigma(T)^2 I), (len(seeds), *setup.shape) float64 on the setup's device.
 
     Each sample comes from a generator of its own on the CPU, so a seed gives the same noise in
-    any batch and on any device (Karras et al. 2022).
+    any batch and on any device (Karras et al. 2022). Raises UsageError without seeds, and for a
+    schedule at whose end signal is left.
     """
+    check_begins_in_noise(setup.schedule)
     draws = [
         torch.randn(setup.shape, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
         for s in seeds

@@ -181,3 +181,15 @@ def test_data_that_do_not_fit_are_told_in_one_sentence(digits, clean, one_senten
         check_denoiser(digits.denoiser, EDM(), digits.shape, clean[:, 0])
     with one_sentence("scale the data"):
         check_denoiser(digits.denoiser, EDM(), digits.shape, 1e6 * clean)
+
+
+def test_a_schedule_that_ends_in_signal_has_no_noise_to_begin_with(digits, clean, one_sentence):
+    short = EDM(T=1.0)
+    part = digits.variant(schedule=short, denoiser=s4s.rescheduled(digits.denoiser, short))
+    check_denoiser(part.denoiser, short, digits.shape, clean)
+    for ask in (
+        lambda: check_denoiser(part.denoiser, short, digits.shape),
+        lambda: s4s.make_teacher_set(part, 2, 2),
+    ):
+        with one_sentence("signal left", "sigma / alpha = 1", "raise T"):
+            ask()

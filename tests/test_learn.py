@@ -848,3 +848,36 @@ def test_a_model_too_large_for_one_sample_is_told_in_one_sentence(mixture, one_s
                 setup.teacher, replace(setup, denoiser=Small(setup.denoiser, 0)), [0]
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda D: D.detach(), ["gradient", "learn_gauss_newton"]),
+        (lambda D: torch.nn.functional.dropout(D, 0.5), ["eval()"]),
+    ],
+)
+def test_a_model_that_cannot_be_learned_from_is_told(problem, one_sentence, spoil, words):
+    solver, setup, teacher = problem(4)
+    silent = setup.variant(denoiser=lambda x, t: spoil(setup.denoiser(x, t)))
+    with one_sentence(*words):
+        next(learn_coefficients(solver, silent, teacher))
+
+
+def test_learning_turns_gradients_on_for_itself(problem):
+    solver, setup, teacher = problem(4)
+    usual = [e.valid_loss for e in learn_coefficients(solver, setup, teacher)]
+    with torch.no_grad():
+        assert usual == [e.valid_loss for e in learn_coefficients(solver, setup, teacher)]
+
+
+def test_inference_mode_is_refused(problem, one_sentence):
+    solver, setup, teacher = problem(4)
+    with torch.inference_mode(), one_sentence("inference_mode"):
+        next(learn_coefficients(solver, setup, teacher))
+
+
+def test_what_was_learned_says_for_which_model(problem):
+    solver, setup, teacher = problem(4)
+    *_, last = learn_coefficients(solver, setup, teacher)
+    assert last.best.provenance["model"] == setup.model == last.solver.provenance["model"]

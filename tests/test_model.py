@@ -1,5 +1,7 @@
 """Denoisers: the exact one against quadrature and its own score; the wrappers change nothing."""
 
+import types
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from s4s_core import (
     rematerialized,
     rescheduled,
 )
+from s4s_core.denoiser import check_contract, of_model
 
 SCHEDULES = [EDM(), VPLinear(), VPDiscrete(), RectifiedFlow()]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
@@ -288,3 +291,103 @@ def test_count_calls_counts_and_changes_nothing(noise):
 def test_a_function_without_a_schedule_stays_without_one():
     for wrap in (CallCounter, rematerialized):
         assert not hasattr(wrap(lambda x, t: x), "schedule")
+
+
+class Convolution(torch.nn.Module):
+    """An ordinary network in a dtype of its own, which casts nothing itself."""
+
+    def __init__(self, answer=lambda x: x):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layer, self.time = torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.Linear(1, 2)
+        self.answer, self.seen = answer, []
+
+    def forward(self, x, t, shift=0.0):
+        self.seen.append((x.dtype, t.dtype))
+        time = self.time(t[:, None].to(self.time.weight.dtype))
+        return self.answer(self.layer(x) + time[..., None, None] + shift)
+
+
+@pytest.mark.parametrize("make", [from_denoiser, from_noise_prediction, from_velocity, from_flow])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_module_is_asked_in_its_own_dtype_and_answers_in_that_of_x(noise, make, dtype):
+    x, t, network = noise(0, 3, 2, 4, 4), scalar(0.4), Convolution()
+    exact = make(Convolution().double(), VPLinear())(x, t)
+    D = make(network.to(dtype), VPLinear())(x, t)
+    assert D.dtype == torch.float64
+    assert network.seen == [(dtype, torch.promote_types(dtype, torch.float32))]
+    tolerance = {torch.float32: 1e-6, torch.float64: 0, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(D, exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda x: (x, None), lambda x: types.SimpleNamespace(sample=x)],
+    ids=["tuple", "sample"],
+)
+def test_answers_inside_a_tuple_or_an_object_are_unwrapped(noise, wrap):
+    x, t = noise(0, 3, 2, 4, 4), scalar(0.4)
+    plain, wrapped = (from_velocity(Convolution(a), VPLinear()) for a in (lambda x: x, wrap))
+    assert torch.equal(plain(x, t), wrapped(x, t))
+    both = [
+        guided(Convolution(a), {"shift": 1.0}, {"shift": 1.0}, 2.0) for a in (lambda x: x, wrap)
+    ]
+    assert torch.equal(*(from_flow(network, VPLinear())(x, t) for network in both))
+
+
+@pytest.mark.parametrize(
+    ("conditional", "unconditional", "words"),
+    [
+        ({"c": torch.ones(1), "mask": None}, {"c": torch.ones(1)}, ["mask"]),
+        ({"c": torch.ones(1)}, {"c": torch.ones(1), "mask": None}, ["mask"]),
+        ({"c": torch.ones(1)}, {"c": None}, ["c differ"]),
+        ({"c": torch.ones(1), "scale": 1.0}, {"c": torch.ones(1), "scale": 2.0}, ["scale"]),
+        ({"c": torch.ones(2)}, {"c": torch.ones(2)}, ["(2,)", "3 samples"]),
+    ],
+)
+def test_conditions_that_do_not_fit_are_named(
+    noise, one_sentence, conditional, unconditional, words
+):
+    with one_sentence(*words):
+        denoiser = from_denoiser(
+            guided(lambda x, t, **c: x, conditional, unconditional, 2.0), EDM()
+        )
+        denoiser(noise(0, 3, 2), scalar(1.0))
+
+
+def test_what_is_no_tensor_is_the_same_in_both_conditions(noise):
+    def network(x, t, c, scale, mask):
+        assert mask is None
+        return x * scale + c[:, None]
+
+    told = [{"c": torch.tensor([c]), "scale": 3.0, "mask": None} for c in (2.0, 1.0)]
+    x = noise(0, 3, 2)
+    answer = guided(network, *told, 4.0)(x, torch.ones(1).expand(3))
+    torch.testing.assert_close(answer, 3 * x + 1 + 4 * (2 - 1))
+
+
+@pytest.mark.parametrize(
+    "wrap", [rematerialized, CallCounter, lambda D: in_precision(D, torch.float32)]
+)
+def test_wrappers_keep_schedule_and_model(wrap):
+    denoiser = of_model(from_denoiser(lambda x, t: x, EDM()), {"name": "mine"})
+    assert (wrap(denoiser).schedule, wrap(denoiser).model) == (EDM(), {"name": "mine"})
+    moved = rescheduled(denoiser, VPLinear())
+    assert (moved.schedule, moved.model) == (VPLinear(), {"name": "mine"})
+
+
+@pytest.mark.parametrize(
+    ("fault", "gradient", "words"),
+    [
+        (lambda x, t: x.detach() / 2, True, ["gradient", "learn_gauss_newton"]),
+        (lambda x, t: torch.nn.Linear(3, 3)(x), False, ["float64", "from_denoiser"]),
+        (lambda x, t: (x, x), False, ["returns tuple"]),
+        (lambda x, t: x + torch.rand(()), True, ["eval()"]),
+        (lambda x, t: x / 2 + 0 * x.mul_(2), True, ["copy"]),
+    ],
+)
+def test_the_contract_of_a_denoiser(noise, one_sentence, fault, gradient, words):
+    check_contract(lambda x, t: x / 2, noise(0, 2, 3), scalar(1.0), gradient=True)
+    with one_sentence(*words):
+        check_contract(fault, noise(0, 2, 3), scalar(1.0), gradient)

@@ -394,6 +394,87 @@ def test_a_trained_network_passes_and_its_wrong_configuration_does_not(one_sente
             s4s.from_diffusers((network, scheduler(**SD | wrong)))
 
 
+@pytest.mark.parametrize("option", [{"time_cond_proj_dim": 8}, {"class_embed_type": "timestep"}])
+def test_inputs_that_are_not_supplied_are_refused_by_name(text, one_sentence, option):
+    pipe = stable_diffusion(text)
+    pipe.unet.register_to_config(**option)
+    with one_sentence("UNet2DConditionModel", *option, "from_noise_prediction"):
+        s4s.from_diffusers(pipe, prompt="a cat", check=False)
+
+
+def test_a_controlnet_is_refused_by_name(text, one_sentence):
+    parts = stable_diffusion(text).components
+    network = diffusers.ControlNetModel.from_unet(parts["unet"])
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=network, requires_safety_checker=False
+    )
+    with one_sentence("the pipeline's controlnet"):
+        s4s.from_diffusers(pipe, prompt="a cat", check=False)
+
+
+def exact_velocity(levels):
+    """The v that is exact for data N(0.6, 0.5^2) on these alphas_cumprod, as a network."""
+
+    class Exact(diffusers.UNet2DModel):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            t, log_alpha = timestep[0].double(), levels.double().clamp_min(1e-12).log() / 2
+            below = t.floor().long().clamp(0, len(levels) - 2)
+            log_alpha = torch.lerp(log_alpha[below], log_alpha[below + 1], t - below)
+            alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+            gain = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2)
+            x_0 = 0.6 + gain * (sample - alpha * 0.6)
+            v = (alpha * sample - x_0) / sigma  # alpha eps - sigma x_0
+            return diffusers.models.unets.unet_2d.UNet2DOutput(sample=v)
+
+    network = unet()
+    network.__class__ = Exact
+    return network
+
+
+def test_levels_without_signal_are_left_out_and_samples_are_right():
+    own = scheduler(**SD, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    setup = s4s.from_diffusers((exact_velocity(own.alphas_cumprod), own))
+    grid = s4s.time_logsnr(setup.schedule, 40)
+    x = Solver(unipc(grid), grid).sample(setup.denoiser, s4s.initial_noise(setup, range(400)))
+    # Each pixel is on its own here, so these are 400 x 64 samples of one number.
+    assert x.mean().item() == pytest.approx(0.6, abs=0.015)
+    assert x.std().item() == pytest.approx(0.5, abs=0.015)
+    assert setup.schedule.T < 1
+
+
+def test_a_compiled_network_and_another_size_are_taken(noise):
+    network, own = unet(), scheduler()
+    x, t = noise(0, 2, 1, 16, 16), torch.tensor(0.5, dtype=torch.float64)
+    plain = s4s.from_diffusers((network, own), shape=[1, 16, 16], check=False)
+    compiled = torch.compile(network, backend="eager")
+    setup = s4s.from_diffusers((compiled, own), shape=[1, 16, 16], check=False)
+    assert setup.shape == setup.params.shape == (1, 16, 16)
+    torch.testing.assert_close(setup.denoiser(x, t), plain.denoiser(x, t))
+    assert setup.model == plain.model
+
+
+def test_guidance_is_recorded_and_a_solver_of_another_guidance_warns(text, noise):
+    pipe = stable_diffusion(text)
+    weak, strong = (
+        s4s.from_diffusers(pipe, prompt="a cat", guidance=scale, check=False) for scale in (2, 7.5)
+    )
+    assert (weak.params.guidance, strong.params.guidance) == (2.0, 7.5)
+    grid = s4s.time_logsnr(weak.schedule, 2)
+    solver = Solver(s4s.ddim(grid), grid).learned_for(weak.model)
+    x_T = s4s.initial_noise(weak, [0])
+    solver.sample(weak.denoiser, x_T)  # in silence: warnings are errors
+    with pytest.warns(UserWarning, match=r"guidance 2.0.*not for .*guidance 7.5"):
+        solver.sample(strong.denoiser, x_T)
+
+
+def test_fine_tuned_weights_are_another_model():
+    network, own = unet(), scheduler()
+    before = s4s.from_diffusers((network, own), check=False).model
+    with torch.no_grad():
+        network.conv_in.weight[0, 0, 0, 0] += 1e-3
+    assert s4s.from_diffusers((network, own), check=False).model != before
+
+
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
@@ -401,10 +482,14 @@ def test_a_trained_network_passes_and_its_wrong_configuration_does_not(one_sente
         (lambda: (torch.nn.Linear(1, 1), scheduler()), {}, ["Linear", "UNet2DModel"]),
         (lambda: (unet(), torch), {}, ["module", "alphas_cumprod"]),
         (
-            lambda: (unet(), scheduler(rescale_betas_zero_snr=True)),
+            lambda: (unet(in_channels=2), scheduler()),
             {},
-            ["no signal", "rescale_betas_zero_snr"],
+            ["2 channels", "answers 1"],
         ),
+        (lambda: (unet(sample_size=None), scheduler()), {}, ["UNet2DModel", "shape=[1, 32, 32]"]),
+        (lambda: (unet(), scheduler()), {"shape": [3, 8, 8]}, ["1 channels", "[3, 8, 8]"]),
+        (lambda: (unet(), scheduler()), {"precision": "float16"}, ["precision", "leave it out"]),
+        (lambda: (unet(), scheduler()), {"prompt": ["a", "b"]}, ["one text", "['a', 'b']"]),
         (lambda: (unet(), scheduler(prediction_type="score")), {}, ["prediction_type", "score"]),
         (lambda: (unet(), scheduler()), {"prompt": "a"}, ["UNet2DModel", "prompt"]),
         (lambda: (unet(), scheduler()), {"class_label": 3}, ["UNet2DModel", "class_label"]),

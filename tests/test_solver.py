@@ -37,6 +37,7 @@ from s4s_core import (
     trajectory,
     unipc,
 )
+from s4s_core.denoiser import of_model
 from s4s_core.solver import solve
 
 SD = VPDiscrete()
@@ -1079,3 +1080,30 @@ def test_loading_executes_nothing(saved):
     with pytest.raises(s4s.UsageError):
         Solver.load(path)
     assert not (path.parent / "owned").exists() and not os.path.exists("owned")
+
+
+@pytest.mark.parametrize(("schedule", "of"), [(EDM(), 1.0), (VPLinear(), 80.0), (EDM(), 8000.0)])
+def test_noise_of_another_scale_is_refused(noise, one_sentence, schedule, of):
+    grid = time_logsnr(schedule, 3)
+    solver, x = Solver(ddim(grid), grid), noise(0, 8, 1, 8, 8)
+    sigma = schedule.sigma(schedule.T).item()
+    solver.sample(lambda x, t: 0 * x, sigma * x)
+    with one_sentence("root mean square", f"{sigma:.3g}", "initial_noise"):
+        solver.sample(lambda x, t: 0 * x, of * x)
+
+
+def test_a_noisy_image_is_a_start_where_signal_is_left(noise):
+    grid = time_logsnr(EDM(T=1.0), 3)
+    image = 0.5 + 0.1 * noise(0, 4, 1, 8, 8)
+    x = Solver(ddim(grid), grid).sample(lambda x, t: image, image + noise(1, 4, 1, 8, 8))
+    torch.testing.assert_close(x, image, rtol=0, atol=0.02)
+
+
+def test_a_solver_of_another_model_warns_and_names_both(noise):
+    grid = time_logsnr(EDM(), 3)
+    one, other = ({"name": n, "guidance": 1.0, "weights": {}} for n in ("digits", "ecg"))
+    solver, denoiser = Solver(ddim(grid), grid).learned_for(one), lambda x, t: 0 * x
+    for model in (one, None):  # in silence: warnings are errors
+        solver.sample(of_model(denoiser, model), 80 * noise(0, 2, 3))
+    with pytest.warns(UserWarning, match="digits .*not for ecg"):
+        Solver.from_dict(solver.to_dict()).sample(of_model(denoiser, other), 80 * noise(0, 2, 3))

@@ -109,7 +109,7 @@ def run(experiment: Experiment) -> Result:
     metrics |= {"n_samples": setup.params.fid_samples, "features": setup.features_name}
     config = experiment.config()
     versions = {"s4s_core": __version__, "torch": torch.__version__, "python": _python()}
-    provenance = {"experiment": config, **metrics, "versions": versions}
+    provenance = {"experiment": config, "model": setup.model, **metrics, "versions": versions}
     solver = Solver(solver.coefficients, solver.grid, provenance)
     result = Result(config, solver, blocks=blocks, history=history, **metrics, **costs)
     entries = {f.name: getattr(result, f.name) for f in fields(Result)}

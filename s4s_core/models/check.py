@@ -11,11 +11,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, check_contract
 from ..errors import UsageError, progress
 from ..grid import time_edm
 from ..published import dpm_solver_pp
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, check_begins_in_noise
 from ..solver import Solver
 
 Records: TypeAlias = list[tuple[float, float]]  # of each noise level: mean square error and slope
@@ -60,7 +60,8 @@ def check_denoiser(
     n = max(4, min(4096, 8192 // math.prod(shape)))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(2 * n, *shape, generator=generator, dtype=torch.float64).to(device)
-    _check_contract(denoiser, schedule, noise[:n])
+    t = schedule.t_of_s(1.0).clamp(schedule.t_min, schedule.T)
+    check_contract(denoiser, schedule.alpha(t) * 1.4 * noise[:n], t)
     given, doubt = x_0 is not None, ""
     if x_0 is None:
         x_0 = _samples(denoiser, schedule, noise[:n])
@@ -126,29 +127,9 @@ def _failed(doubt: str, given: bool) -> UsageError:
     )
 
 
-def _check_contract(denoiser: Denoiser, schedule: NoiseSchedule, noise: Tensor) -> None:
-    """Raise UsageError unless the denoiser returns finite numbers in the shape of x, leaves x
-    unchanged and gives the same answer twice.
-    """
-    t = schedule.t_of_s(1.0).clamp(schedule.t_min, schedule.T)
-    x = schedule.alpha(t) * 1.4 * noise
-    before = x.clone()
-    first, second = denoiser(x, t), denoiser(x, t)
-    if first.shape != x.shape:
-        fault = f"returns shape {tuple(first.shape)} for x of shape {tuple(x.shape)}"
-    elif not first.isfinite().all():
-        fault = f"returns NaN or infinity at t = {t:.3g}"
-    elif not torch.equal(x, before):
-        fault = "writes into its input: let it work on a copy"
-    elif (first - second).abs().max() > 1e-3 * first.abs().max():
-        fault = "answers the same question in two ways: call eval() on its network (dropout?)"
-    else:
-        return
-    raise UsageError(f"the denoiser {fault}; D(x, t) must be an estimate of x_0 like x")
-
-
 def _samples(denoiser: Denoiser, schedule: NoiseSchedule, noise: Tensor) -> Tensor:
     """Samples from 20 steps of DPM-Solver++(2M), with NaN and infinities replaced by numbers."""
+    check_begins_in_noise(schedule)
     grid = time_edm(schedule, 20)
     solver = Solver(dpm_solver_pp(grid, 2), grid)
     points = solver.trajectory(denoiser, schedule.sigma(schedule.T).item() * noise)

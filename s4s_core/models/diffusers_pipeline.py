@@ -4,6 +4,7 @@ The network, its conditions and the noise levels are taken from the pipeline; th
 and the clipping of its own sampling loop are not.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -19,6 +20,7 @@ from ..denoiser import (
     from_noise_prediction,
     from_velocity,
     guided,
+    of_model,
 )
 from ..errors import UsageError, choose, optional_import
 from ..objective import SMALLEST_SIDE
@@ -47,6 +49,7 @@ def from_diffusers(
     prompt: str | None = None,
     class_label: int | None = None,
     guidance: float = 1.0,
+    shape: Sequence[int] | None = None,
     check: bool = True,
     **settings: Any,
 ) -> Setup:
@@ -55,6 +58,8 @@ def from_diffusers(
     prompt       the text for a text-to-image pipeline; None is the empty prompt
     class_label  the class for a class-conditional network; None is its label for no class
     guidance     scale of classifier-free guidance against the empty prompt or that label
+    shape        of one sample (channels, height, width), in latents if there are; None is the size
+                 that the network was trained at
     check        run `check_denoiser` on the network without guidance, about 34 calls
     settings     entries of `Params` that replace the defaults chosen here, except those that
                  describe the model
@@ -63,14 +68,16 @@ def from_diffusers(
     an SD3Transformer2DModel. The scheduler may be any that has alphas_cumprod, or one of flow
     matching. The network is put into eval mode and frozen. It runs in its own dtype and gets its
     time, a fractional number, in float32; the solver's state stays float64. A network that looks
-    its time up in a table (time_embedding_type "learned") gets the nearest level. `decode` of the
-    setup turns latents into images. Raises UsageError for a pipeline of another kind, and if the
-    self-test fails.
+    its time up in a table (time_embedding_type "learned") gets the nearest level. Levels that hold
+    no signal (zero terminal SNR) are left out. `decode` of the setup turns latents into images.
+    Raises UsageError for a pipeline of another kind, for a network with inputs that are not
+    supplied here, which it names, and if the self-test fails.
     """
     diffusers = _diffusers()
-    network, scheduler, vae = _parts(pipeline, diffusers)
+    called, scheduler, vae = _parts(pipeline, diffusers)
+    network = _compiled(called)
     schedule, to_model_time, wrap = _schedule(scheduler)
-    network.eval().requires_grad_(False)
+    called.eval().requires_grad_(False)
     conditional, unconditional = _conditions(pipeline, network, prompt, class_label, diffusers)
     if guidance != 1 and (unconditional is None or (prompt, class_label) == (None, None)):
         raise UsageError(
@@ -83,14 +90,13 @@ def from_diffusers(
     def predict(x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         time = to_model_time(t).float()
         time = time.round().long() if by_table else time
-        answer = network(x.to(network.dtype), timestep=time, **condition).sample
+        answer = called(x.to(network.dtype), timestep=time, **condition).sample
         return answer[:, :channels].to(x.dtype)  # the rest is a learned variance
 
     def denoiser(scale: float) -> Denoiser:
         return wrap(guided(predict, conditional, unconditional or {}, scale), schedule)
 
-    size = network.config.sample_size
-    shape = (channels, *((size, size) if isinstance(size, int) else size))
+    shape = _shape(network, shape)
     decode = (lambda x: x) if vae is None else _decoder(vae)
     device = str(network.device)
     if check:
@@ -98,15 +104,18 @@ def from_diffusers(
             check_denoiser(denoiser(1.0), schedule, shape, device=device)
         except UsageError as error:
             raise UsageError(f"{error}; check=False leaves this test out") from None
-    return Setup(
+    params = _params(schedule, shape, vae, bool(prompt))
+    setup = Setup(
         type(pipeline).__name__ if hasattr(pipeline, "components") else type(network).__name__,
         denoiser(guidance),
         schedule,
         shape,
-        _params(schedule, shape, vae, bool(prompt)).override_for("from_diffusers", OWN, settings),
+        params.override_for("from_diffusers", OWN, settings).override(guidance=float(guidance)),
+        weights={type(network).__name__: _fingerprint(network)},
         device=device,
         decode=decode,
     )
+    return setup.variant(denoiser=of_model(setup.denoiser, setup.model))
 
 
 def _diffusers() -> Any:
@@ -134,18 +143,73 @@ def _parts(pipeline: Any, diffusers: Any) -> tuple[Any, Any, Any]:
     known = ["UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel"]
     known.append("SD3Transformer2DModel")
     classes: Any = tuple(getattr(diffusers, name) for name in known)
-    if not isinstance(network, classes):
+    if not isinstance(_compiled(network), classes):
         raise UsageError(
             f"a network of class {type(network).__name__} is not known, only {', '.join(known)}: "
             "write it as a function of (x, t) and use from_noise_prediction or one of its kin"
         )
-    if network.config.get("addition_embed_type") or network.config.get("class_embed_type"):
+    if unknown := _unsupplied(_compiled(network), pipeline):
         raise UsageError(
-            f"{type(network).__name__} takes conditions beside a prompt or a class (as in SDXL), "
-            "which from_diffusers does not know: write it as a function of (x, t) and use "
-            "from_noise_prediction or one of its kin"
+            f"{type(_compiled(network)).__name__} takes more than x, t and a prompt or class "
+            f"({unknown}), which from_diffusers does not supply: write it as a function of (x, t) "
+            "and use from_noise_prediction or one of its kin"
         )
     return network, scheduler, vae
+
+
+def _compiled(network: Any) -> Any:
+    """The module behind torch.compile's, which has its config; any other is itself."""
+    return getattr(network, "_orig_mod", network)
+
+
+# Entries of a network's config that ask for an input of their own, as SDXL, LCM, IP-Adapter and
+# some upscalers have it.
+_MORE_INPUTS = (
+    "addition_embed_type",
+    "class_embed_type",
+    "time_cond_proj_dim",
+    "encoder_hid_dim_type",
+)
+# Parts of a pipeline that feed the network something beside its text.
+_MORE_PARTS = ("controlnet", "adapter", "transformer_2", "image_encoder")
+
+
+def _unsupplied(network: Any, pipeline: Any) -> str:
+    """What the network takes that is not supplied here, in a few words; empty if nothing."""
+    config, parts = network.config, getattr(pipeline, "components", {})
+    found = [f"{name} = {config.get(name)}" for name in _MORE_INPUTS if config.get(name)]
+    found += [f"the pipeline's {name}" for name in _MORE_PARTS if parts.get(name) is not None]
+    channels, answers = config.in_channels, config.get("out_channels") or config.in_channels
+    if answers not in (channels, 2 * channels):  # twice: with a learned variance
+        found.append(f"{channels} channels, of which it answers {answers}")
+    return ", ".join(found)
+
+
+def _shape(network: Any, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of one sample: as asked for, or as the network was trained."""
+    channels, size = network.config.in_channels, network.config.get("sample_size")
+    if shape is None and size is None:
+        raise UsageError(
+            f"{type(network).__name__} does not say at which size it was trained: give shape, as "
+            f"in shape=[{channels}, 32, 32]"
+        )
+    if shape is None:
+        shape = (channels, *((size, size) if isinstance(size, int) else size))
+    whole = all(type(n) is int and n > 0 for n in shape)
+    if not (whole and len(shape) == 3 and shape[0] == channels):
+        raise UsageError(
+            f"shape must be {channels} channels, a height and a width, not {list(shape)!r}"
+        )
+    return tuple(shape)
+
+
+def _fingerprint(network: Any) -> str:
+    """A sha256 of the first numbers of every weight, which tells fine-tuned copies apart."""
+    digest = hashlib.sha256()
+    for name, weight in network.state_dict().items():
+        some = weight.flatten()[:16].double().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {some.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def _schedule(scheduler: Any) -> tuple[NoiseSchedule, Callable[[Tensor], Tensor], Wrap]:
@@ -165,11 +229,6 @@ def _schedule(scheduler: Any) -> tuple[NoiseSchedule, Callable[[Tensor], Tensor]
             "that the network was trained with, such as DDPMScheduler"
         )
     wrap = choose("prediction_type of the scheduler", prediction, PREDICTION_TYPES)
-    if config.get("rescale_betas_zero_snr") or not (scheduler.alphas_cumprod > 0).all():
-        raise UsageError(
-            "the scheduler's last noise level holds no signal (rescale_betas_zero_snr), where "
-            "x / alpha does not exist: give the pipeline a scheduler without that option"
-        )
     schedule = _levels(scheduler, config, N)
     return schedule, lambda t: N * t - 1, wrap
 
@@ -177,14 +236,18 @@ def _schedule(scheduler: Any) -> tuple[NoiseSchedule, Callable[[Tensor], Tensor]
 def _levels(scheduler: Any, config: Any, N: int) -> NoiseSchedule:
     """A VPDiscrete if its few constants describe the schedule, or else a table of all levels.
 
-    Constants keep solver files short.
+    Constants keep solver files short. Levels without signal are left out at the noisy end.
     """
     schedule: VPDiscrete | VPTable
-    if config.get("beta_schedule") == "scaled_linear" and config.get("trained_betas") is None:
+    levels, last = scheduler.alphas_cumprod.double(), 1.0
+    plain = config.get("trained_betas") is None and not config.get("rescale_betas_zero_snr")
+    if config.get("beta_schedule") == "scaled_linear" and plain:
         schedule = VPDiscrete(1.0, 1 / N, config["beta_start"], config["beta_end"], N)
     else:
-        schedule = VPTable(1.0, 1 / N, tuple(scheduler.alphas_cumprod.double().tolist()))
-    return replace(schedule, T=min(schedule.T, schedule.t_of_lam(LOWEST_LAM).item()))
+        # Schedulers write zero, or 2^-24 instead of it. Nothing is interpolated towards that.
+        last = int((levels > 2e-7).sum()) / N
+        schedule = VPTable(1.0, 1 / N, tuple(levels.clamp_min(1e-12).tolist()))
+    return replace(schedule, T=min(last, schedule.t_of_lam(LOWEST_LAM).item()))
 
 
 @torch.no_grad()
@@ -196,6 +259,8 @@ def _conditions(
     The latter are None if the network has no condition at all, or no label for no class.
     """
     config, device, kind = network.config, network.device, type(network).__name__
+    if not (prompt is None or isinstance(prompt, str)):
+        raise UsageError(f"prompt must be one text for all samples, not {prompt!r:.80}")
     takes_text = isinstance(
         network, (diffusers.UNet2DConditionModel, diffusers.SD3Transformer2DModel)
     )

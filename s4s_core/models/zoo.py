@@ -1,6 +1,7 @@
 """Models by name: `load("digits")` returns a denoiser, its schedule and its settings."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -17,6 +18,7 @@ from ..denoiser import (
     from_noise_prediction,
     guided,
     in_precision,
+    of_model,
     rescheduled,
 )
 from ..errors import UsageError, choose
@@ -63,9 +65,15 @@ def build(dataset: str, params: Params, device: str | None = None) -> Setup:
     paths = model.files(dataset, params)
     setup = model.build(dataset, paths, params, device or default_device())
     setup = replace(setup, weights=_weights(model, paths))
-    if params.precision == "float32":
-        return setup
-    return replace(setup, denoiser=in_precision(setup.denoiser, getattr(torch, params.precision)))
+    if params.guidance != 1 and setup.condition is None:
+        raise UsageError(
+            f"{dataset} has no guidance, for its model knows no classes and no captions: leave "
+            f"guidance at 1, not {params.guidance:g}"
+        )
+    denoiser = of_model(setup.denoiser, setup.model) if paths else setup.denoiser
+    if params.precision != "float32":
+        denoiser = in_precision(denoiser, getattr(torch, params.precision))
+    return replace(setup, denoiser=denoiser)
 
 
 def load_guidances(dataset: str, scales: Sequence[float], **settings: Any) -> Setup:
@@ -75,12 +83,10 @@ def load_guidances(dataset: str, scales: Sequence[float], **settings: Any) -> Se
     linear: D_w = D_1 + (w - 1) (D_2 - D_1), of setups at the scales 1 and 2, and the condition of a
     seed is the seed itself. Raises UsageError for a dataset whose model has no conditions.
     """
+    if not scales or not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise UsageError(f"scales must list at least one number above 0, not {list(scales)}")
     one, two = (load(dataset, **{**settings, "guidance": scale}) for scale in (1.0, 2.0))
-    if (condition := one.condition) is None:
-        raise UsageError(
-            f"{dataset} has no guidance, for its model knows no classes and no captions: take "
-            "another dataset"
-        )
+    condition = cast(Callable[[Sequence[int]], Tensor], one.condition)  # or load had refused
 
     def denoise(x: Tensor, t: Tensor, seeds: Tensor) -> Tensor:
         numbers = seeds.tolist()
@@ -90,7 +96,8 @@ def load_guidances(dataset: str, scales: Sequence[float], **settings: Any) -> Se
         return weak + (w.view(-1, *[1] * (x.ndim - 1)) - 1) * (strong - weak)
 
     name = f"{dataset}_guidance_{'_'.join(f'{scale:g}' for scale in scales)}"
-    return one.variant(name=name, denoiser=cast(Denoiser, denoise), condition=torch.tensor)
+    setup = one.variant(name=name, condition=torch.tensor)
+    return setup.variant(denoiser=of_model(cast(Denoiser, denoise), setup.model))
 
 
 def default_device() -> str:
@@ -249,13 +256,26 @@ def _edm_files(name: str, params: Params) -> list[Path]:
 
 
 def _edm(name: str, paths: list[Path], params: Params, device: str) -> Setup:
-    """A model of Karras et al. 2022, from its checkpoint or the conversion of it."""
+    """A model of Karras et al. 2022, from its checkpoint or the conversion of it.
+
+    If it knows classes, successive seeds take them in turn.
+    """
     (path,) = paths
     network = load_edm(path, device)
     network.use_fp16 = False  # params.precision decides, and is recorded with each result
     if params.precision != "float32":
         network.to(memory_format=torch.channels_last)  # pays in half precision only
     channels, side = network.config["img_channels"], network.config["img_resolution"]
+    if (classes := network.label_dim) and params.guidance != 1:
+        raise UsageError(
+            f"{path} knows {classes} classes, but no label for none of them, which guidance "
+            f"{params.guidance:g} needs: leave guidance at 1"
+        )
+
+    def condition(seeds: Sequence[int]) -> Tensor:
+        chosen = torch.tensor([seed % classes for seed in seeds], device=device)
+        return torch.nn.functional.one_hot(chosen, classes)
+
     if (channels, side, side) != params.shape:
         raise UsageError(
             f"{path} is a model of images {(channels, side, side)}, not {params.shape} as "
@@ -265,7 +285,10 @@ def _edm(name: str, paths: list[Path], params: Params, device: str) -> Setup:
         name,
         params,
         device,
-        denoiser=from_denoiser(network, NAMED_SCHEDULES[params.schedule]),
+        denoiser=from_denoiser(
+            lambda x, t, *label: network(x, t, *label), NAMED_SCHEDULES[params.schedule]
+        ),
+        condition=condition if classes else None,
         **_judged_by_inception(params, device),
     )
 
@@ -303,15 +326,24 @@ def guided_network(
 ) -> Callable[..., Tensor]:
     """Return network(x, t, condition) with classifier-free guidance against the condition `null`.
 
-    `null` has one row. For None, where there are no conditions, this is `network` itself.
+    `null` has one row. For None, where there are no conditions, it is network(x, t). Either is a
+    function, which gets x in float64: these networks round what must be rounded themselves.
     """
     if null is None:
-        return network
+        return lambda x, t: network(x, t)
 
     def named(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return network(x, t, c)
 
-    return lambda x, t, c: guided(named, {"c": c}, {"c": null}, scale)(x, t)
+    def told(x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        if c is None:
+            raise UsageError(
+                "this model draws what a condition names: sample with setup.denoiser_for(seeds), "
+                "or give the denoiser a condition after x and t"
+            )
+        return guided(named, {"c": c}, {"c": null}, scale)(x, t)
+
+    return told
 
 
 def _file(place: str, name: str, sha256: str = "") -> Path:
