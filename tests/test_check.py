@@ -173,7 +173,7 @@ def test_the_self_test_repeats_and_costs_few_calls(digits, clean):
     check_denoiser(counted, digits.schedule, digits.shape)
     assert counted.calls == 34
     check_denoiser(counted, digits.schedule, digits.shape, clean)
-    assert counted.calls == 34 + 14
+    assert counted.calls == 34 + 20
 
 
 def test_data_that_do_not_fit_are_told_in_one_sentence(digits, clean, one_sentence):
@@ -193,3 +193,62 @@ def test_a_schedule_that_ends_in_signal_has_no_noise_to_begin_with(digits, clean
     ):
         with one_sentence("signal left", "sigma / alpha = 1", "raise T"):
             ask()
+
+
+def told(factor):
+    return lambda D: lambda x, t: D(x, factor * t), EDM()
+
+
+def answered(how):
+    return lambda D: lambda x, t: how(D(x, t)), EDM()
+
+
+def read_on(schedule, shift=0.0):
+    """The network of VPLinear on another schedule, or told a time off by `shift`."""
+    own = VPLinear()
+
+    def denoiser(D):
+        def denoise(x, t):
+            t = (t + shift).clamp(own.t_min, own.T)
+            return D(x / own.alpha(t), own.s(t))
+
+        return denoise
+
+    return denoiser, schedule
+
+
+# What is told with 128 clean samples, and what also without any.
+SLIPS = [
+    (told(1.1), False),
+    (told(0.9), False),
+    (told(1.3), True),
+    (told(0.7), True),
+    (answered(lambda D: 0.95 * D), True),
+    (answered(lambda D: 1.05 * D), True),
+    (answered(lambda D: 0.98 * D), False),
+    (answered(lambda D: D + 0.05), True),
+    (answered(lambda D: D - 0.03), True),
+    (answered(lambda D: 0.9 * D + 0.1 * D.mean(0, keepdim=True)), True),
+    (read_on(VPLinear(), shift=0.02), False),
+    (read_on(VPLinear(), shift=-0.01), False),
+    (read_on(VPLinear(beta_1=15.0)), False),
+    (read_on(VPLinear(beta_0=0.2)), False),
+]
+
+
+@pytest.mark.parametrize(("slip", "without_data"), SLIPS)
+def test_small_slips_are_told(digits, clean, one_sentence, slip, without_data):
+    spoil, schedule = slip
+    denoiser = spoil(digits.denoiser)
+    with one_sentence("does not denoise"):
+        check_denoiser(denoiser, schedule, digits.shape, clean)
+    if without_data:
+        with one_sentence("does not denoise", "can tell more"):
+            check_denoiser(denoiser, schedule, digits.shape)
+
+
+@pytest.mark.parametrize("name", ["digits", "ecg"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_trained_networks_pass_on_other_noises(name, seed):
+    setup = s4s.load(name, "cpu")
+    check_denoiser(setup.denoiser, setup.schedule, setup.shape, seed=seed)
