@@ -350,6 +350,29 @@ def test_captions_come_from_a_table_too(stable_diffusion, tmp_path, one_sentence
         load_stable_diffusion(*files[:3], tmp_path / "other.csv")
 
 
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("a.txt", "\ufeffa dog\ncat\r\n\n", ["a dog", "cat"]),
+        ("a.txt", "a\u2028dog\x0b\x85cat\ntac\n", ["a dog cat", "tac"]),
+        ("a.csv", "\ufefftext,id\na dog,1\ncat,2\n", ["a dog", "cat"]),
+        ("a.csv", 'id,text\r\n1,"a\r\ndog"\r\n2,c\u2028at\r\n3\r\n', ["a dog", "c at"]),
+    ],
+)
+def test_captions_are_what_their_lines_say(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content.encode())
+    assert latent._captions(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    "content", [b'text\n"a dog\ncat\n', b"\xff\xfea", b"words\ncat\n", b"text\n"]
+)
+def test_captions_that_cannot_be_read_are_refused(tmp_path, one_sentence, content):
+    (tmp_path / "a.csv").write_bytes(content)
+    with one_sentence("a.csv", "captions"):
+        latent._captions(tmp_path / "a.csv")
+
+
 # --- Networks as functions ---------------------------------------------------------------------
 
 
@@ -597,7 +620,7 @@ def test_captions_and_tokens_are_checked(stable_diffusion, one_sentence):
     with one_sentence("captions.txt", "no captions"):
         load_stable_diffusion(path, vocabulary, merges, captions)
     captions.unlink()
-    with one_sentence("captions.txt", "readable"):
+    with one_sentence("captions.txt", "no file"):
         load_stable_diffusion(path, vocabulary, merges, captions)
     captions.write_text("cat")
     for content in ('{"a": 0}', "{", json.dumps({t: i for i, t in enumerate(TOKENS[1:])})):

@@ -35,7 +35,7 @@ FOLDERS = {
     "experiments": (["cache", "experiment", "run", "tables", "plot"], ["models", "baselines"]),
     "lessons": (["density", "exact", "interactive"], ["experiments"]),
 }
-NETWORKS = ["unet", "song_unet", "classifier", "data", "io", "pickles", "edm", "checkpoint"]
+NETWORKS = ["unet", "song_unet", "classifier", "io", "data", "pickles", "edm", "checkpoint"]
 NETWORKS += ["latent", "training", "__init__"]
 # The package's public names, its command, and the command's former name see everything.
 ENTRANCES = ["__init__", "__main__", "experiment"]

@@ -112,8 +112,10 @@ def require_file(path: str | Path) -> None:
 
 def reason(path: str | Path, error: Exception) -> str:
     """Return why a file cannot be read: what it really is, or else the error's first sentence."""
-    with suppress(OSError), open(path, "rb") as file:
-        start = file.read(200).strip().lower()
+    with suppress(OSError, UsageError):
+        require_file(path)
+        with open(path, "rb") as file:
+            start = file.read(200).strip().lower()
         if not start:
             return "it is empty"
         if start.startswith(b"version https://git-lfs"):
