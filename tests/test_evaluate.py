@@ -149,9 +149,10 @@ def test_sides_of_different_features_are_refused_in_one_sentence(noise, one_sent
         frechet_distance(sums(features(noise, 0)), sums(features(noise, 1, size=3)))
 
 
-def test_features_that_are_not_finite_are_refused_in_one_sentence(noise, one_sentence):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308])
+def test_features_that_are_not_finite_are_refused_in_one_sentence(noise, one_sentence, value):
     x = features(noise, 0)
-    x[3, 4] = float("nan")
+    x[3, 4] = value
     with one_sentence("finite"):
         frechet_distance(sums(x), sums(features(noise, 1)))
 
