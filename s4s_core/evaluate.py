@@ -82,13 +82,16 @@ def frechet_distance(
     finite.
     """
     (m_a, S_a), (m_b, S_b) = ((side.mean, side.covariance) for side in (a, b))
-    if len(m_a) != len(m_b):
+    if not len(m_a) == len(m_b) > 0:
         raise UsageError(
             f"the two sides have {len(m_a)} and {len(m_b)} features: take both with the same "
             "network"
         )
-    if not all(values.isfinite().all() for values in (m_a, S_a, m_b, S_b)):
-        raise UsageError("features must be finite: check the samples and the network")
+    # Products of larger numbers would overflow.
+    if not all((values.abs() < 1e75).all() for values in (m_a, S_a, m_b, S_b)):
+        raise UsageError(
+            "features must be finite, and below 1e75: check the samples and the network"
+        )
     values, vectors = torch.linalg.eigh(S_a)
     # The square roots of rounding errors would add up: fewer samples than features, lower rank.
     rank = values > len(values) * torch.finfo(values.dtype).eps * values[-1]

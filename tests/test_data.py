@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import os
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +95,25 @@ def test_a_damaged_file_is_named(folder, one_sentence, damage):
     (folder / "data_batch_3.bin").write_bytes(damage)
     with one_sentence(str(folder), "data_batch_3.bin", data.CIFAR10):
         cifar10_data(folder)
+
+
+@pytest.mark.parametrize("link", [os.mkfifo, lambda p: p.symlink_to("/dev/zero")])
+def test_pipes_and_devices_are_no_data(folder, tmp_path, one_sentence, link):
+    (folder / "data_batch_3.bin").unlink()
+    link(folder / "data_batch_3.bin")
+    link(tmp_path / "other")
+    for path in (folder, tmp_path / "other"):
+        with one_sentence(str(path), "no file", data.CIFAR10):
+            cifar10_data(path)
+    with one_sentence("no file", "ecg.dat"):
+        data.ecg_data(tmp_path / "other")
+
+
+@pytest.mark.parametrize("levels", [np.zeros(0), np.ones((2, 20_000)), np.full(20_000, np.nan)])
+def test_another_electrocardiogram_is_refused(tmp_path, one_sentence, levels):
+    np.savez(tmp_path / "ecg.npz", ecg=levels)
+    with one_sentence("electrocardiogram", "ecg.dat"):
+        data.ecg_data(tmp_path / "ecg.npz")
 
 
 def test_data_of_other_names_are_refused(one_sentence):

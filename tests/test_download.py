@@ -34,6 +34,7 @@ class Server(ThreadingHTTPServer):
         self.content, self.etag, self.ranges = CONTENT, '"one"', True
         self.drop_after = self.gate = None
         self.ignores_if_range, self.says_its_length = False, True
+        self.moved_to, self.status, self.chunked = "/model.bin", None, False
         self.asked = []
         self.url = f"http://127.0.0.1:{self.server_port}/model.bin"
 
@@ -46,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         server, asked = self.server, self.headers.get("Range")
         if self.path == "/moved.bin":
             self.send_response(302)
-            self.send_header("Location", "/model.bin")
+            self.send_header("Location", server.moved_to)
             return self.end_headers()
         server.asked.append(asked)
         if self.path != "/model.bin":
@@ -60,11 +61,16 @@ class Handler(BaseHTTPRequestHandler):
             if start >= len(server.content):
                 return self.send_error(416)
         body = server.content[start:]
-        self.send_response(206 if start else 200)
+        self.send_response(server.status or (206 if start else 200))
         if start:
             end = len(server.content)
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{end}")
-        if server.says_its_length:
+        if server.chunked:
+            self.protocol_version = "HTTP/1.1"
+            self.send_header("Transfer-Encoding", "chunked")
+            ending = b"\r\n0\r\n\r\n"
+            body = f"{len(body):x}\r\n".encode() + body + ending
+        elif server.says_its_length:
             self.send_header("Content-Length", str(len(body)))
         if server.etag:
             self.send_header("ETag", server.etag)
@@ -125,22 +131,23 @@ def broken_off(server, folder, one_sentence):
 @pytest.mark.parametrize("sha256", [SHA256, ""])
 def test_what_has_come_is_continued(broken_off, sha256):
     assert fetch(broken_off.url, sha256).read_bytes() == CONTENT
-    assert broken_off.asked == ["bytes=99999-"]
+    assert broken_off.asked == [f"bytes={100_000 - download.OVERLAP}-"]
 
 
 def test_a_download_may_break_off_many_times(server):
-    server.drop_after = 60_000
-    for _ in range(4):
+    server.drop_after = 100_000
+    for _ in range(5):
         with pytest.raises(download.UsageError):
             fetch(server.url, SHA256)
     assert fetch(server.url, SHA256).read_bytes() == CONTENT
-    assert server.asked == [None] + [f"bytes={60_000 * k - k}-" for k in range(1, 5)]
+    more = 100_000 - download.OVERLAP
+    assert server.asked == [None] + [f"bytes={more * k}-" for k in range(1, 6)]
 
 
 def test_a_complete_part_is_finished_without_asking_past_its_end(broken_off, folder):
     (folder / ".model.bin.part").write_bytes(CONTENT)
     assert fetch(broken_off.url, SHA256).read_bytes() == CONTENT
-    assert broken_off.asked == ["bytes=255999-"]
+    assert broken_off.asked == [f"bytes={256_000 - download.OVERLAP}-"]
 
 
 def test_a_server_without_ranges_starts_anew(broken_off):
@@ -167,6 +174,57 @@ def test_a_server_that_names_no_version_starts_anew(server):
 def test_a_server_that_names_no_length_is_believed(server):
     server.says_its_length = False
     assert fetch(server.url, SHA256).read_bytes() == CONTENT
+
+
+def test_without_a_length_and_a_hash_nothing_tells_whether_it_is_whole(server, one_sentence):
+    server.says_its_length, server.drop_after = False, 100_000
+    with one_sentence(server.url, "does not say how long"):
+        fetch(server.url)
+
+
+@pytest.mark.parametrize("cut", [None, 100_000])
+def test_chunks_tell_whether_a_file_is_whole(server, one_sentence, cut):
+    server.chunked, server.drop_after = True, cut
+    if cut is None:
+        assert fetch(server.url).read_bytes() == CONTENT
+        return
+    with one_sentence(server.url, "IncompleteRead"):
+        fetch(server.url)
+
+
+@pytest.mark.parametrize("sha256", [SHA256, ""])
+@pytest.mark.parametrize("status", [202, 203, 204, 206])
+def test_what_is_no_whole_file_is_refused(server, folder, one_sentence, status, sha256):
+    server.status = status
+    with one_sentence(server.url, str(status)):
+        fetch(server.url, sha256)
+    assert visible(folder) == []
+
+
+@pytest.mark.parametrize("size", [150_000, 256_000, 300_000])
+def test_a_file_that_changed_under_its_tag_starts_anew(broken_off, size):
+    """Its length tells, or else the bytes that are asked for again."""
+    broken_off.content = b"\7" * size
+    assert fetch(broken_off.url).read_bytes() == broken_off.content
+
+
+def test_an_endless_body_is_given_up(server, folder, monkeypatch, one_sentence):
+    monkeypatch.setattr(download, "LARGEST", 200_000)
+    server.says_its_length = False
+    with one_sentence(server.url, "more than 200000 bytes"):
+        fetch(server.url, SHA256)
+    assert (folder / ".model.bin.part").stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    "address", ["ftp://127.0.0.1:9/model.bin", "file:///etc/hostname", "data:,x"]
+)
+def test_redirects_to_other_than_the_web_are_refused(server, monkeypatch, one_sentence, address):
+    monkeypatch.setenv("ftp_proxy", f"http://127.0.0.1:{server.server_port}")
+    server.moved_to = address
+    with one_sentence(server.url.replace("model", "moved")):
+        fetch(server.url.replace("model", "moved"))
+    assert server.asked == []
 
 
 def test_a_wrong_download_is_refused_and_forgotten(server, folder, one_sentence):

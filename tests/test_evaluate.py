@@ -1,5 +1,6 @@
 """The Frechet distance and the FID, against torch-fidelity, scipy and a closed form."""
 
+import os
 import pickle
 import sys
 
@@ -148,9 +149,10 @@ def test_sides_of_different_features_are_refused_in_one_sentence(noise, one_sent
         frechet_distance(sums(features(noise, 0)), sums(features(noise, 1, size=3)))
 
 
-def test_features_that_are_not_finite_are_refused_in_one_sentence(noise, one_sentence):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308])
+def test_features_that_are_not_finite_are_refused_in_one_sentence(noise, one_sentence, value):
     x = features(noise, 0)
-    x[3, 4] = float("nan")
+    x[3, 4] = value
     with one_sentence("finite"):
         frechet_distance(sums(x), sums(features(noise, 1)))
 
@@ -359,6 +361,9 @@ EYE, ZERO = np.eye(3), np.zeros(3)
         ({"mu": ZERO + np.nan, "sigma": EYE}, "finite"),
         ({"mu": ZERO, "sigma": EYE + np.inf}, "finite"),
         ({"mu": ZERO, "sigma": np.tri(3)}, "symmetric"),
+        ({"mu": ZERO, "sigma": np.diag([1.0, 1.0, -1e-3])}, "positive semidefinite"),
+        ({"mu": ZERO, "sigma": -EYE}, "positive semidefinite"),
+        ({"mu": ZERO[:0], "sigma": EYE[:0, :0]}, "(0,)"),
         ({"mu": np.array([Executed()] * 3), "sigma": EYE}, "Object arrays"),
     ],
 )
@@ -371,9 +376,57 @@ def test_statistics_of_another_make_are_refused_in_one_sentence(
         read_reference(path)
 
 
+def test_singular_statistics_are_read(noise, tmp_path):
+    """Fewer samples than features, rounded to single precision, and samples all alike."""
+    singular = sums(noise(0, 5, 12)).covariance.numpy()
+    for sigma in (singular, singular.astype(np.float32), np.zeros((12, 12))):
+        np.savez(tmp_path / "reference.npz", mu=np.zeros(12), sigma=sigma)
+        assert read_reference(tmp_path / "reference.npz").covariance.shape == (12, 12)
+
+
+def test_arrays_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch, one_sentence):
+    monkeypatch.setattr("s4s_core.models.networks.data.LARGEST", 1_000_000)
+    path = tmp_path / "reference.npz"
+    np.savez_compressed(path, mu=np.zeros(400), sigma=np.zeros((400, 400)))
+    assert path.stat().st_size < 10_000
+    with one_sentence(str(path), "more than 1000000"):
+        read_reference(path)
+
+
+@pytest.mark.parametrize("name", ["reference.npz", "reference.safetensors", "folder/a.png"])
+def test_pipes_are_no_statistics_and_no_images(tmp_path, one_sentence, name):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / name)
+    with one_sentence("no file", name):
+        read_reference(tmp_path / name.split("/")[0], lambda x: x.flatten(1))
+
+
+def test_what_is_left_out_of_a_folder_is_said_in_one_line(tmp_path, capsys):
+    """A notebook's copies are no second images."""
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    image = Image.new("RGB", (4, 4))
+    for name in ("a.png", "b.png", "x.bmp", ".ipynb_checkpoints/a-checkpoint.png"):
+        image.save(tmp_path / name)
+    assert read_reference(tmp_path, lambda x: x.float().flatten(1)).n == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 images" in line and "2 hidden" in line and str(tmp_path) in line
+
+
+@pytest.mark.parametrize("format", ["EPS", "BMP", "TIFF", "GIF"])
+def test_other_formats_under_an_images_name_are_refused(
+    tmp_path, monkeypatch, one_sentence, format
+):
+    """Pillow would start Ghostscript for the first."""
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path, format=format)
+    with one_sentence(str(path), "not a readable image"):
+        read_reference(tmp_path, lambda x: x.float().flatten(1))
+
+
 def test_files_that_are_no_statistics_are_refused_in_one_sentence(tmp_path, one_sentence):
     path = tmp_path / "reference.npz"
-    with one_sentence(str(path), "No such file"):
+    with one_sentence(str(path), "no file"):
         read_reference(path)
     np.savez_compressed(path, mu=ZERO, sigma=EYE)
     whole = path.read_bytes()

@@ -1,8 +1,12 @@
 """Latent diffusion: files in the authors' layout, their networks checked against diffusers."""
 
+import collections
+import io
 import json
 import math
 import os
+import re
+import struct
 import sys
 import types
 import zipfile
@@ -25,6 +29,7 @@ from s4s_core.models.networks import (
     load_lsun,
     load_stable_diffusion,
 )
+from s4s_core.models.networks.checkpoint import open_checkpoint
 from s4s_core.models.zoo import guided_network
 
 WIDTHS = (8, 8, 16, 16)  # channels of a U-Net's levels
@@ -345,6 +350,29 @@ def test_captions_come_from_a_table_too(stable_diffusion, tmp_path, one_sentence
         load_stable_diffusion(*files[:3], tmp_path / "other.csv")
 
 
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("a.txt", "\ufeffa dog\ncat\r\n\n", ["a dog", "cat"]),
+        ("a.txt", "a\u2028dog\x0b\x85cat\ntac\n", ["a dog cat", "tac"]),
+        ("a.csv", "\ufefftext,id\na dog,1\ncat,2\n", ["a dog", "cat"]),
+        ("a.csv", 'id,text\r\n1,"a\r\ndog"\r\n2,c\u2028at\r\n3\r\n', ["a dog", "c at"]),
+    ],
+)
+def test_captions_are_what_their_lines_say(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content.encode())
+    assert latent._captions(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    "content", [b'text\n"a dog\ncat\n', b"\xff\xfea", b"words\ncat\n", b"text\n"]
+)
+def test_captions_that_cannot_be_read_are_refused(tmp_path, one_sentence, content):
+    (tmp_path / "a.csv").write_bytes(content)
+    with one_sentence("a.csv", "captions"):
+        latent._captions(tmp_path / "a.csv")
+
+
 # --- Networks as functions ---------------------------------------------------------------------
 
 
@@ -493,7 +521,7 @@ def test_archives_and_files_of_old_versions_are_read_too(lsun, tmp_path):
     model = load_lsun(archive, old)
     assert torch.equal(model.network(x, TIME), expected.network(x, TIME))
     assert torch.equal(model.decode(x), expected.decode(x))
-    assert list(archive.parent.iterdir()) == [archive]
+    assert [p for p in archive.parent.iterdir() if p.suffix != ".lock"] == [archive]
     assert not (tmp_path / "model.ckpt").exists()
 
 
@@ -513,7 +541,7 @@ def test_a_hostile_file_is_refused_and_not_run(lsun, tmp_path, one_sentence, fun
     for old in (False, True):
         content = {"state_dict": with_average(unet), "epoch": Hostile(function, argument)}
         torch.save(content, path, _use_new_zipfile_serialization=not old)
-        with one_sentence(str(path), function.__name__, "nothing in it was run"):
+        with one_sentence(str(path), function.__name__, "nothing in it was executed"):
             load_lsun(path, vq)
     assert not proof.exists()
 
@@ -569,7 +597,7 @@ def test_raw_weights_are_never_taken_for_the_average(lsun, imagenet, one_sentenc
 
 def test_other_files_are_refused_in_one_sentence(lsun, tmp_path, one_sentence):
     path, vq, *_ = lsun
-    with one_sentence("no checkpoint", "absent.ckpt"):
+    with one_sentence("no file", "absent.ckpt"):
         load_lsun(tmp_path / "absent.ckpt", vq)
     whole = path.read_bytes()
     for content in (b"", b"<html>not found</html>", whole[:-1000], safetensors.torch.save({})):
@@ -592,7 +620,7 @@ def test_captions_and_tokens_are_checked(stable_diffusion, one_sentence):
     with one_sentence("captions.txt", "no captions"):
         load_stable_diffusion(path, vocabulary, merges, captions)
     captions.unlink()
-    with one_sentence("captions.txt", "readable"):
+    with one_sentence("captions.txt", "no file"):
         load_stable_diffusion(path, vocabulary, merges, captions)
     captions.write_text("cat")
     for content in ('{"a": 0}', "{", json.dumps({t: i for i, t in enumerate(TOKENS[1:])})):
@@ -608,3 +636,184 @@ def test_a_missing_package_is_named_with_what_to_do(
     monkeypatch.setitem(sys.modules, package, None)
     with one_sentence("pip install diffusers transformers"):
         load_stable_diffusion(*stable_diffusion[0])
+
+
+# ---- files that are not what they should be
+
+
+def zipped(method=zipfile.ZIP_STORED, change=lambda data: data):
+    """An archive with a checkpoint in it, whose bytes `change` may damage."""
+
+    def make(path):
+        stream = io.BytesIO()
+        save(stream, {"w": torch.arange(3000.0)})
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("model.ckpt", stream.getvalue())
+        path.write_bytes(change(path.read_bytes()))
+
+    return make
+
+
+def saved(content, change=lambda data: data, **options):
+    """What torch.save writes, whose bytes `change` may damage."""
+
+    def make(path):
+        torch.save(content() if callable(content) else content, path, **options)
+        path.write_bytes(change(path.read_bytes()))
+
+    return make
+
+
+def claims(data: bytes) -> bytes:
+    """Four numbers that claim to be twelve."""
+    (number,) = re.findall(rb"K\x04(?=N?tq)", data)
+    return data.replace(number + b"tq", b"K\x0ctq").replace(number + b"Ntq", b"K\x0cNtq")
+
+
+def lies(data: bytes) -> bytes:
+    """As before, and the archive's directory says so too."""
+    data = bytearray(claims(data))
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/0"))
+    data[entry + 20 : entry + 28] = struct.pack("<II", 48, 48)
+    return bytes(data)
+
+
+def flagged(data: bytes, flags=0, method=0) -> bytes:
+    """The archive with other flags or another method in both headers of each member."""
+    data = bytearray(data)
+    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = -1
+        while (start := data.find(signature, start + 1)) >= 0:
+            data[start + at] |= flags
+            data[start + at + 2] |= method
+    return bytes(data)
+
+
+def broken(data: bytes) -> bytes:
+    middle = len(data) // 3
+    return data[:middle] + bytes(100) + data[middle + 100 :]
+
+
+def zip_bomb(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.ckpt", bytes(10_000_000))
+
+
+FOUR = {"state_dict": {"w": torch.arange(4.0)}}
+OLD = {"_use_new_zipfile_serialization": False}
+NO_CHECKPOINTS = {
+    "storage that claims more": (saved(FOUR, claims), "claims 12 numbers"),
+    "storage that claims more, as its record does": (saved(FOUR, lies), "runs into the next"),
+    "old storage that claims more": (saved(FOUR, claims, **OLD), "numbers"),
+    "complex": (saved({"w": torch.ones(2) * 1j}), "torch.ComplexFloatStorage"),
+    "conjugate": (saved({"w": (torch.ones(2) * 1j).conj()}), "torch.ComplexFloatStorage"),
+    "negated": (saved({"w": torch._neg_view(torch.ones(2))}), "not those of its storage"),
+    "sparse": (saved({"w": torch.eye(3).to_sparse()}), "sparse"),
+    "quantised": (
+        saved(lambda: {"w": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}),
+        "torch.",
+    ),
+    "meta": (saved({"w": torch.ones(3, device="meta")}), "meta"),
+    "module": (saved({"w": torch.nn.Linear(2, 2)}), "Linear"),
+    "compressed records": (saved(FOUR, lambda d: flagged(d, method=8)), "compressed"),
+    "encrypted records": (saved(FOUR, lambda d: flagged(d, flags=1)), "encrypted"),
+    "encrypted archive": (zipped(change=lambda d: flagged(d, flags=1)), "encrypted"),
+    "archive of method 99": (zipped(change=lambda d: flagged(d, method=99)), "method 99"),
+    "damaged deflate": (zipped(zipfile.ZIP_DEFLATED, broken), "no whole checkpoint"),
+    "damaged LZMA": (zipped(zipfile.ZIP_LZMA, broken), "method 14"),
+    "damaged bzip2": (zipped(zipfile.ZIP_BZIP2, broken), "method 12"),
+    "damaged member": (zipped(change=broken), "no whole checkpoint"),
+    "archive that is a bomb": (zip_bomb, "ten times"),
+    "pointer": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\nsize 4\n"),
+        "Git LFS pointer",
+    ),
+    "page": (lambda p: p.write_text("\n<!DOCTYPE html><html>Sign in</html>"), "web page"),
+    "empty": (lambda p: p.write_bytes(b""), "empty"),
+    "text": (lambda p: p.write_text("hello"), "no whole checkpoint"),
+    "pipe": (os.mkfifo, "no file"),
+    "device": (lambda p: p.symlink_to("/dev/zero"), "no file"),
+    "folder": (lambda p: p.mkdir(), "no file"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+@pytest.mark.parametrize("name", NO_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_told_in_one_sentence(tmp_path, one_sentence, name):
+    make, word = NO_CHECKPOINTS[name]
+    path = tmp_path / "model.ckpt"
+    make(path)
+    with one_sentence(str(path), word) as told, open_checkpoint(path):
+        pass
+    assert "weights_only" not in str(told.value) and len(str(told.value)) < 600
+    assert {p.name for p in tmp_path.iterdir()} <= {"model.ckpt", ".model.ckpt.lock"}
+
+
+def made(patch, place: str, value=None):
+    """An object, or with `value` a class as a key, of a package that is not installed."""
+    module, _, name = place.rpartition(".")
+    kind = type(name, (), {"__module__": module})
+    for i in range(module.count(".") + 1):
+        part = ".".join(module.split(".")[: i + 1])
+        patch.setitem(sys.modules, part, types.ModuleType(part))
+    setattr(sys.modules[module], name, kind)
+    thing = kind()
+    thing.content = {"a": [1]}
+    return {kind: value} if value else thing
+
+
+BESIDE = {
+    "numpy 2's number": lambda patch: numpy.float64(2.0),
+    "numpy 2's array": lambda patch: numpy.arange(3),
+    "defaultdict": lambda patch: collections.defaultdict(dict, a={1: 2}),
+    "set": lambda patch: {1, 2},
+    "sizes and dtypes": lambda patch: [torch.Size([1]), torch.float16, torch.device("cpu"), b"ab"],
+    "callback": lambda patch: made(
+        patch, "lightning.pytorch.callbacks.early_stopping.EarlyStopping", 1
+    ),
+    "settings": lambda patch: made(patch, "omegaconf.dictconfig.DictConfig"),
+    "keys": lambda patch: {None: 1, 0.5: 2, True: 3},
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("name", BESIDE)
+def test_bookkeeping_beside_the_weights_is_ignored(tmp_path, monkeypatch, name, old):
+    path, w = tmp_path / "model.ckpt", torch.randn(3, 4).T
+    options = OLD if old else {}
+    with monkeypatch.context() as patch:
+        torch.save({"beside": BESIDE[name](patch), "state_dict": {"w": w}}, path, **options)
+    with open_checkpoint(path) as weights:
+        assert list(weights) == ["w"] and torch.equal(weights["w"], w)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_checkpoint_is_what_torch_reads(tmp_path, old):
+    """Shared storages, empty tensors, parameters and networks' own dicts, of every dtype."""
+    path, options = tmp_path / "model.ckpt", OLD if old else {}
+    x = torch.arange(-12, 12.0).reshape(2, 3, 4)
+    state = {str(d): x.to(d) for d in (torch.float16, torch.bfloat16, torch.int8, torch.bool)}
+    state |= {"x": x, "view": x[1, :, 2], "none": x[:0], "one": x[0, 0, 0]}
+    state |= {"parameter": torch.nn.Parameter(x), **torch.nn.Linear(2, 3).state_dict()}
+    torch.save(state, path, **options)
+    expected = torch.load(path, weights_only=True)
+    with open_checkpoint(path) as weights:
+        assert weights.keys() == expected.keys()
+        for name, value in expected.items():
+            assert weights[name].dtype == value.dtype and torch.equal(weights[name], value)
+
+
+def test_processes_share_one_unpacked_copy_and_leave_none(tmp_path, monkeypatch):
+    path, copy = tmp_path / "lsun.zip", tmp_path / ".lsun.zip.unpacked"
+    zipped()(path)
+    with open_checkpoint(path) as first:
+        whole = copy.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("unpacked twice"))
+            with open_checkpoint(path) as second:
+                assert torch.equal(first["w"], second["w"])
+        assert not copy.exists() and torch.equal(first["w"], torch.arange(3000.0))
+    copy.write_bytes(whole[:-100])  # a process was killed while it unpacked
+    with open_checkpoint(path) as weights:
+        assert torch.equal(weights["w"], torch.arange(3000.0))
+    assert not copy.exists()

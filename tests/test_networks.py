@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 
 import pytest
 import safetensors.torch
@@ -243,8 +244,8 @@ def damage(path, how):
         ("cut", "is not a complete safetensors file"),
         ("empty", "is not a complete safetensors file"),
         ("pickle", "is not a complete safetensors file"),
-        ("no metadata", "class None, not one of: SmallDenoiser, Classifier"),
-        ("other class", "class 'os.system', not one of: SmallDenoiser, Classifier"),
+        ("no metadata", "class none, not one of: SmallDenoiser, Classifier"),
+        ("other class", "class os.system, not one of: SmallDenoiser, Classifier"),
         ("other argument", "does not describe a Classifier .*code"),
         ("bad config", "does not describe a Classifier"),
         ("other shape", "does not describe a Classifier"),
@@ -260,8 +261,56 @@ def test_a_wrong_file_is_told_in_one_sentence(tmp_path, how, sentence):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def claimed(name, config, **tensors):
+    """A network file that says this of itself, whatever its tensors."""
+    tensors = tensors or {"w": torch.zeros(2)}
+    return safetensors.torch.save(tensors, {"class": name, "config": json.dumps(config)})
+
+
+def of_dtype(name):
+    header = json.dumps({"class": "Classifier", "config": "{}"})
+    tensor = f'"w":{{"dtype":"{name}","shape":[4],"data_offsets":[0,2]}}'
+    text = f'{{"__metadata__":{header},{tensor}}}'.encode()
+    return len(text).to_bytes(8, "little") + text + b"\0\0"
+
+
+CLAIMS = {
+    "a billion blocks": (claimed("SmallDenoiser", {"sigma_data": 1, "blocks": 10**9}), "fewer"),
+    "a wide embedding": (
+        claimed("SmallDenoiser", {"sigma_data": 1, "embedding": 10**10}),
+        "10000000000",
+    ),
+    "a deep classifier": (claimed("Classifier", {"deeper": [1] * 3_000_000}), "fewer"),
+    "many blocks": (claimed("EDMPrecond", {"num_blocks": 10**9}), "EDMPrecond"),
+    "a long argument": (claimed("Classifier", {"x" * 10**6: 1}), "xxx"),
+    "a long name": (claimed("x" * 10**6, {}), "xxx"),
+    "four bits": (of_dtype("F4"), "does not describe"),
+    "complex weights": (claimed("Classifier", {}, w=torch.ones(2) * 1j), "complex"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\nsize 4\n", "Git LFS pointer"),
+    "a page": (b"<html>Sign in</html>", "web page"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_what_a_file_claims_keeps_no_computer_busy(tmp_path, one_sentence, name):
+    content, word = CLAIMS[name]
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(content)
+    start = time.process_time()
+    with one_sentence(str(path), word) as told:
+        load_network(path)
+    assert time.process_time() - start < 2 and len(str(told.value)) < 600
+
+
+def test_pipes_and_devices_are_no_networks(tmp_path, one_sentence):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for path in (tmp_path / "pipe.safetensors", "/dev/zero", tmp_path):
+        with one_sentence("no file"):
+            load_network(path)
+
+
 def test_a_missing_file_is_told_in_one_sentence(tmp_path):
-    with pytest.raises(UsageError, match="there is no network file .*nothing"):
+    with pytest.raises(UsageError, match="there is no file .*nothing"):
         load_network(tmp_path / "nothing.safetensors")
 
 

@@ -1,6 +1,7 @@
 """NVIDIA's pickles read as data: round trips, and files that try to be more than data."""
 
 import collections
+import contextlib
 import io
 import math
 import os
@@ -221,13 +222,49 @@ def test_a_converted_checkpoint_is_the_same_network(tmp_path, written, dtype, er
 
 def test_memory_stays_near_the_size_of_the_file(written):
     path = written({"x": torch.zeros(1_000_000)})
+    assert megabytes(path) < 3e-6 * path.stat().st_size
+
+
+def megabytes(path) -> float:
+    """The peak of Python's memory while a file is read, or refused."""
     tracemalloc.start()
     try:
-        read_persistent(path)
-        peak = tracemalloc.get_traced_memory()[1]
+        with contextlib.suppress(UsageError):
+            read_persistent(path)
+        return tracemalloc.get_traced_memory()[1] / 1e6
     finally:
         tracemalloc.stop()
-    assert peak < 4 * path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: raw(n * b"\x8f"),  # sets
+        lambda n: raw(n // 2 * b"}\x94"),  # dicts, each remembered
+        lambda n: raw(b"(" + n // 2 * b"N\x94" + b"t"),
+        lambda n: raw(n // 6 * b"]r\xff\xff\xff\x7f"),
+        lambda n: raw(b"ctorch.nn.modules.container\nModuleDict\n\x94" + n // 4 * b"h\x00)R"),
+        lambda n: raw(  # one state of many entries, in many objects
+            b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n\x94}\x94"
+            + short("class_name") + short("x") + b"s" + short("state") + b"}("
+            + b"".join(b"M" + i.to_bytes(2, "little") + b"N" for i in range(n // 8))
+            + b"us\x85\x94" + n // 10 * b"h\x00h\x02R"
+        ),
+    ],
+)  # fmt: skip
+def test_memory_is_bounded_by_the_size_of_the_file(written, make):
+    path = written(make(40_000))
+    assert megabytes(path) < 250e-6 * path.stat().st_size + 0.5
+
+
+def test_one_storage_that_is_loaded_many_times_is_refused(written, one_sentence):
+    ((content,),) = storage(5000, 5000, 5000).call[1:]
+    numbers = pickle.dumps(content, protocol=3)[2:-1]
+    load = b"ctorch.storage\n_load_from_bytes\n"
+    path = written(raw(b"](" + numbers[:-2] + b"q\x00" + 500 * (load + b"h\x00\x85R") + b"e"))
+    assert megabytes(path) < 5e-6 * path.stat().st_size + 0.5
+    with one_sentence("larger than the file"):
+        read_persistent(path)
 
 
 # ---- files that want more than to be read
@@ -376,12 +413,12 @@ HOSTILE = {
     "many instructions": (lambda m: raw(1_100_000 * b"N"), "1000000 instructions"),
     "numpy object": (lambda m: {"x": np.array([None])}, "numpy"),
     "numpy dtype": (lambda m: raw(b"cnumpy\ndtype\n" + short("O8") + b"\x85R"), "O8"),
-    "zip bomb": (lambda m: zip_bomb(), "zip archive"),
+    "zip bomb": (lambda m: zip_bomb(), "no whole checkpoint"),
     "storage claims more": (lambda m: storage(claimed=2**40, numel=2**40), "1099511627776 numbers"),
-    "storage claims less": (lambda m: storage(claimed=2, numel=2), "claims 2 numbers in 12 bytes"),
+    "storage claims less": (lambda m: storage(claimed=2, numel=2), "goes on behind"),
     "storage disagrees": (lambda m: storage(numel=2), "claims 3 numbers"),
     "storage of other magic": (lambda m: storage(magic=7), "unknown format"),
-    "storage of other keys": (lambda m: storage(keys=("1",)), "unknown format"),
+    "storage of other keys": (lambda m: storage(keys=("1",)), "lists other storages"),
     "storage of other endianness": (lambda m: storage(little=False), "unknown format"),
     "storage with a view": (lambda m: storage(view=("0", 0, 1)), "unknown format"),
     "too large": (lambda m: tensor((4,), (1,)), "beyond its 3 numbers"),
@@ -396,7 +433,7 @@ HOSTILE = {
     "size of a list": (lambda m: tensor([3], (1,)), "list as a tuple"),
     "missing stride": (lambda m: tensor((3, 1), (1,)), "2 dimensions and 1 strides"),
     "no storage": (lambda m: tensor((3,), (1,), of=[1, 2, 3]), "list as a Tensor"),
-    "no dict": (lambda m: [1, 2], "list where a dict"),
+    "no dict": (lambda m: [1, 2], "list as a dict"),
 }
 
 
@@ -495,9 +532,9 @@ def test_other_checkpoints_are_told_in_one_sentence(written, one_sentence, make,
 def test_a_missing_file_and_another_network_are_told_in_one_sentence(tmp_path, one_sentence):
     from s4s_core.models.networks import Classifier
 
-    with one_sentence("cannot read", "nothing.pkl"):
+    with one_sentence("no file", "nothing.pkl"):
         load_edm(tmp_path / "nothing.pkl")
-    with one_sentence("cannot read"):
+    with one_sentence("no file"):
         read_persistent(tmp_path)
     with one_sentence("nothing.safetensors"):
         load_edm(tmp_path / "nothing.safetensors")

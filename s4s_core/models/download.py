@@ -7,14 +7,27 @@ import sys
 from collections.abc import Callable, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPHandler,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    UnknownHandler,
+    getproxies,
+)
 
 from ..errors import UsageError, progress, write_atomically
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 30  # seconds without a byte
+LARGEST = 1 << 36  # bytes, of a body that does not end
+OVERLAP = 1 << 16  # bytes that are asked for again, and compared, where a download continues
 
 
 def home() -> Path:
@@ -35,9 +48,12 @@ def fetch(url: str, sha256: str = "", name: str | None = None) -> Path:
 
     `name` is by default the last part of the URL. A file that is already there, downloaded or put
     there by hand, is used without the network. With `sha256` the file is refused unless it has that
-    hash. Without it, whatever the server sends is used, and the caller should record its
-    `file_sha256`. Raises UsageError, which says where to put the file by hand, if the download
-    fails or the hash is wrong. A partial download is kept, and the next call continues it.
+    hash. Without it, whatever the server sends is used if the server also says how long it is (as
+    a length, or in chunks), and the caller should record its `file_sha256`: a file that the server
+    exchanged during an interruption goes unnoticed if its date, its tag, its length and the last
+    64 kB that had come are the same. Raises UsageError, which says where to put the file by hand,
+    if the download fails or the hash is wrong. A partial download is kept, and the next call
+    continues it.
     """
     name = name or url.rpartition("/")[2].partition("?")[0]
     if not url.startswith(("https://", "http://")) or name in ("", "..") or Path(name).name != name:
@@ -98,10 +114,19 @@ def _download(url: str, sha256: str, path: Path) -> None:
             if not start:
                 tag.write_text(_version(response), "utf-8")
             file.truncate(start)
-            digest, length = hashlib.sha256(), response.headers.get("Content-Length")
-            total = start + int(length) if length else None
+            digest = hashlib.sha256()
+            total = None if response.length is None else start + response.length
+            if not sha256 and total is None and not response.chunked:
+                raise OSError("the server does not say how long it is, and no sha256 is known")
+
+            def write(chunk: bytes) -> None:
+                if file.tell() + len(chunk) > LARGEST:
+                    file.truncate(0)
+                    raise OSError(f"it has more than {LARGEST} bytes")
+                file.write(chunk)
+
             _copy(file, [digest.update], f"continuing {path.name}", start)
-            _copy(response, [digest.update, file.write], path.name, total, start)
+            _copy(response, [digest.update, write], path.name, total, start)
             if total is not None and file.tell() != total:
                 raise OSError(f"the connection closed after {file.tell()} of {total} bytes")
             file.flush()
@@ -117,13 +142,15 @@ def _open(url: str, part: Path, tag: Path) -> tuple[HTTPResponse, int]:
     """The response and the byte at which it begins.
 
     It continues the partial file `part` if the server's file still has the version in `tag`, and
-    otherwise begins at 0.
+    the same bytes where the two overlap. Otherwise it begins at 0.
     """
     headers = {"User-Agent": "s4s-notebooks"}
     version = tag.read_text("utf-8") if part.exists() and tag.exists() else ""
-    # The last byte is asked for again, so that no range begins past the end.
-    if version and (start := part.stat().st_size - 1) > 0:
-        ranged = headers | {"Range": f"bytes={start}-", "If-Range": version}
+    validator = next(filter(None, version.split("\n")[:2]), "")
+    # Some bytes are asked for again, so that no range begins past the end.
+    if validator and (size := part.stat().st_size) > 1:
+        start = max(1, size - OVERLAP)
+        ranged = headers | {"Range": f"bytes={start}-", "If-Range": validator}
         try:
             response = urlopen(Request(url, headers=ranged), timeout=TIMEOUT)
         except HTTPError as error:
@@ -131,18 +158,43 @@ def _open(url: str, part: Path, tag: Path) -> tuple[HTTPResponse, int]:
                 raise
             error.close()
         else:
-            if response.status != 206:
+            if response.status == 200:
                 return response, 0
             begins = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-            if begins and _version(response) == version:
-                return response, start
+            if response.status == 206 and begins and _version(response) == version:
+                with open(part, "rb") as file:
+                    file.seek(start)
+                    if response.read(size - start) == file.read():
+                        return response, size
             response.close()
-    return urlopen(Request(url, headers=headers), timeout=TIMEOUT), 0
+    response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+    if response.status != 200:
+        response.close()
+        raise OSError(f"the server answers with {response.status} {response.reason}")
+    return response, 0
+
+
+def urlopen(request: Request, timeout: float) -> HTTPResponse:
+    """Open an http(s) address; redirects to any other kind of address are errors."""
+    opener = OpenerDirector()
+    web = {kind: proxy for kind, proxy in getproxies().items() if kind in ("http", "https")}
+    for handler in (
+        ProxyHandler(web), HTTPHandler(), HTTPSHandler(), HTTPRedirectHandler(),
+        HTTPErrorProcessor(), HTTPDefaultErrorHandler(), UnknownHandler(),
+    ):  # fmt: skip
+        opener.add_handler(handler)
+    return cast(HTTPResponse, opener.open(request, timeout=timeout))
 
 
 def _version(response: HTTPResponse) -> str:
-    """The entity tag or date that identifies the version of the server's file (RFC 9110), or ""."""
-    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+    """What identifies the version of the server's file: its tag, its date and its length.
+
+    The lines of the first two (RFC 9110) are empty where the server names none.
+    """
+    length = response.headers.get("Content-Length", "")
+    if response.status == 206:
+        length = response.headers.get("Content-Range", "").rpartition("/")[2]
+    return "\n".join([*(response.headers.get(k, "") for k in ("ETag", "Last-Modified")), length])
 
 
 def _copy(

@@ -5,6 +5,7 @@ distance (<network>)".
 """
 
 import io
+import sys
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -19,6 +20,9 @@ from torch import Tensor
 from ..errors import UsageError, optional_import, progress, write_atomically
 from ..evaluate import FeatureStatistics, FeatureSums, feature_sums
 from .download import fetch, home
+from .networks.data import read_arrays
+from .networks.io import reason, require_file
+from .networks.pickles import read_torch
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -29,6 +33,7 @@ INCEPTION_URL = (
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
+FORMATS = ["PNG", "JPEG", "WEBP"]  # as Pillow calls them, which for others starts programs
 
 
 def to_uint8(x: Tensor, offset: float = 128.0) -> Tensor:
@@ -70,17 +75,19 @@ def inception_features(
     """
     module = _torch_fidelity()
     weights = Path(weights or inception_weights() or fetch(INCEPTION_URL, INCEPTION_SHA256))
+    require_file(weights)
     try:
         # torch-fidelity would unpickle the file: it gets a copy that holds tensors only.
-        tensors = io.BytesIO()
-        torch.save(torch.load(weights, map_location="cpu", weights_only=True), tensors)
+        found, tensors = read_torch(weights), io.BytesIO()
+        torch.save({name: found[name] for name in found if type(found[name]) is Tensor}, tensors)
         tensors.seek(0)
         network = module.FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=tensors
         )
-    except Exception as error:  # torch.load, pickle and load_state_dict each have their own
+    except Exception as error:  # whatever either makes of other content
         raise UsageError(
-            f"{weights} does not hold torch-fidelity's Inception weights ({_reason(error)}): give "
+            f"{weights} does not hold torch-fidelity's Inception weights "
+            f"({reason(weights, error)}): give "
             "that file, or none to have it downloaded"
         ) from None
     network.to(device)
@@ -121,7 +128,8 @@ def read_reference(
     An .npz file must hold arrays `mu` (F,) and `sigma` (F, F), as the files of Karras et al. (2022)
     and of Dhariwal & Nichol (2021) do, and a .safetensors file what `save_statistics` writes. The
     images of a folder and its subfolders (PNG, JPEG or WebP, all of one size) are passed to
-    `features` (default: `inception_features()`) as uint8 (B, 3, H, W). Raises UsageError, which
+    `features` (default: `inception_features()`) as uint8 (B, 3, H, W). Hidden files and folders,
+    and files of other kinds, are left out, which a line on stderr says. Raises UsageError, which
     names the file at fault.
     """
     path = Path(path)
@@ -129,19 +137,19 @@ def read_reference(
 
 
 def _read_statistics(path: Path) -> FeatureStatistics:
+    require_file(path)
     try:
         if path.suffix == ".safetensors":
             mean, covariance = itemgetter("mean", "covariance")(safetensors.numpy.load_file(path))
         else:
-            with np.load(path, allow_pickle=False) as file:
-                mean, covariance = file["mu"], file["sigma"]
+            mean, covariance = read_arrays(path, "mu", "sigma")
         kinds = {mean.dtype.kind, covariance.dtype.kind}
     except Exception as error:  # numpy, zipfile and zlib each have their own
         raise UsageError(
             f"{path} is not an .npz file of reference statistics with arrays mu and sigma, nor a "
-            f".safetensors file with mean and covariance ({_reason(error)})"
+            f".safetensors file with mean and covariance ({reason(path, error)})"
         ) from None
-    if kinds != {"f"} or mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+    if kinds != {"f"} or mean.ndim != 1 or not mean.size or covariance.shape != 2 * mean.shape:
         raise UsageError(
             f"{path}: mu must be (F,) and sigma (F, F), of floats, not {mean.dtype} {mean.shape} "
             f"and {covariance.dtype} {covariance.shape}"
@@ -150,13 +158,26 @@ def _read_statistics(path: Path) -> FeatureStatistics:
         raise UsageError(f"{path}: mu and sigma must be finite")
     if not np.allclose(covariance, covariance.T):
         raise UsageError(f"{path}: sigma must be symmetric")
-    return FeatureStatistics(*(torch.from_numpy(v.astype(np.float64)) for v in (mean, covariance)))
+    mean, covariance = (torch.from_numpy(v.astype(np.float64)) for v in (mean, covariance))
+    # More than what rounding to single precision takes off a singular covariance.
+    margin = 1e-6 * covariance.trace() + 1e-150  # and samples all alike have no spread
+    if torch.linalg.cholesky_ex(covariance + margin * torch.eye(len(mean)).to(mean)).info:
+        raise UsageError(f"{path}: sigma must be positive semidefinite, as every covariance is")
+    return FeatureStatistics(mean, covariance)
 
 
 def _read_images(folder: Path, features: Callable[[Tensor], Tensor] | None) -> FeatureSums:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+    files = sorted(p for p in folder.rglob("*") if not p.is_dir())
+    hidden = {p for p in files if any(n.startswith(".") for n in p.relative_to(folder).parts)}
+    paths = [p for p in files if p.suffix.lower() in IMAGES and p not in hidden]
     if not paths:
         raise UsageError(f"{folder} holds no images: {', '.join(sorted(IMAGES))} files are read")
+    if others := sorted({*files} - {*paths}):
+        print(
+            f"{folder}: {len(paths)} images are read, and {len(others)} hidden files or files of "
+            f"other kinds are not, such as {others[0].relative_to(folder)}",
+            file=sys.stderr,
+        )
     shape = _read_image(paths[0]).shape
 
     def batches(size: int = 64) -> Iterator[Tensor]:
@@ -178,15 +199,11 @@ def _read_image(path: Path) -> Tensor:
     """The pixels of an image file, uint8 (3, H, W)."""
     from PIL import Image
 
+    require_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF":  # would be cut, not scaled, to 8 bits
                 raise ValueError(f"its pixels have more than 8 bits: mode {image.mode}")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # each of PIL's formats has its own
-        raise UsageError(f"{path} is not a readable image ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    """First sentence of an error (torch's second one recommends weights_only=False)."""
-    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise UsageError(f"{path} is not a readable image ({reason(path, error)})") from None

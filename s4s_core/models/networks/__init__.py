@@ -2,9 +2,9 @@
 
 from .classifier import Classifier
 from .data import cifar10_data, digits_data, ecg_data, held_out_split, training_data, turned
+from .edm import convert_edm, load_edm, read_persistent
 from .io import load_network, read_metadata, save_network
 from .latent import LatentModel, load_imagenet, load_lsun, load_stable_diffusion
-from .pickles import convert_edm, load_edm, read_persistent
 from .song_unet import EDMPrecond, SongUNet
 from .training import RECIPES, Record, train_classifier, train_denoiser
 from .unet import SmallDenoiser, UNet

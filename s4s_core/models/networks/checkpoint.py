@@ -1,11 +1,9 @@
 """Checkpoints of latent diffusion (Rombach et al. 2022), read without running anything in them."""
 
-import re
-import tempfile
+import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,26 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError, progress
+from .pickles import read_torch, shown, told_of
 
 Net = TypeVar("Net", bound=nn.Module)
-
-
-class _Ignored:
-    """A substitute for objects other than weights: it takes any argument and does nothing."""
-
-    def __init__(self, *_: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# Names in the published checkpoints' pickles that torch does not know; none of them is imported.
-_BESIDE_WEIGHTS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-    (_Ignored, "numpy.core.multiarray.scalar"),
-    (_Ignored, "numpy.dtype"),
-]
 
 
 @contextmanager
@@ -44,23 +25,9 @@ def open_checkpoint(path: str | Path) -> Iterator[dict[str, Tensor]]:
     and for one that names anything but weights.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint {path}; check the path, or fetch it")
-    with _unpacked(path) as file:
-        try:
-            with torch.serialization.safe_globals(_BESIDE_WEIGHTS):
-                content = torch.load(
-                    file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-                )
-        except Exception as error:  # whatever torch makes of a foreign file
-            refused = re.search(r"GLOBAL (\S+)", str(error))
-            if refused:
-                raise UsageError(
-                    f"{path} holds {refused[1]}, which is no weight: nothing in it was run and it "
-                    "was not loaded; take the file that the model's authors published"
-                ) from None
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UsageError(f"{path} is no whole checkpoint ({reason}); fetch it again") from None
+    with ExitStack() as stack:
+        with told_of(path):
+            content = stack.enter_context(_content(path))
         if isinstance(content, dict):
             content = content.get("state_dict", content)
         found = content.items() if isinstance(content, dict) else ()
@@ -71,40 +38,66 @@ def open_checkpoint(path: str | Path) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[Path]:
-    """`path` itself, or the .ckpt of an archive, unpacked beside it as a temporary file."""
+def _content(path: Path) -> Iterator[Any]:
+    """What torch.save wrote to `path`, or to the .ckpt in an archive, which is unpacked beside it.
+
+    Processes that load an archive at the same time share one copy, which the first that is done
+    removes. A process that was killed leaves it, and the next one uses or replaces it.
+    """
+    from filelock import FileLock
+
+    member = _inside(path)
+    if member is None:
+        yield read_torch(path)
+        return
+    copy, lock = (path.with_name(f".{path.name}.{kind}") for kind in ("unpacked", "lock"))
+    try:
+        with FileLock(lock):
+            _unpack(path, member, copy)
+            content = read_torch(copy)
+        yield content
+    finally:
+        with FileLock(lock), suppress(PermissionError):  # Windows keeps what is still mapped
+            copy.unlink(missing_ok=True)
+
+
+def _inside(path: Path) -> zipfile.ZipInfo | None:
+    """The .ckpt in an archive, or None for a file that is none."""
     try:
         with zipfile.ZipFile(path) as archive:
             inside = [i for i in archive.infolist() if i.filename.endswith(".ckpt")]
     except zipfile.BadZipFile:  # checkpoints were no archives before torch 1.6
-        inside = []
-    if not inside:
-        yield path
-        return
+        return None
     if len(inside) > 1:
         names = ", ".join(i.filename for i in inside)
-        raise UsageError(f"{path} holds more than one checkpoint ({names}): unpack the right one")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        file = Path(folder, "model.ckpt")
-        try:
-            _unpack(path, inside[0], file)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise UsageError(f"{path} is no whole archive ({error}); fetch it again") from None
-        yield file
+        raise UsageError(
+            f"it holds {len(inside)} checkpoints, {shown(names)}: unpack the right one"
+        )
+    return inside[0] if inside else None
 
 
-def _unpack(path: Path, member: zipfile.ZipInfo, to: Path) -> None:
-    """Write a member of the archive `path` to the file `to`, with a progress bar."""
-    shown: dict[str, Any] = {"total": member.file_size, "unit": "B", "unit_scale": True}
+def _unpack(path: Path, member: zipfile.ZipInfo, copy: Path) -> None:
+    """Write a member of the archive `path` to the file `copy`, unless it is there already."""
+    archived = path.stat()
+    whole = (member.file_size, archived.st_mtime_ns)
+    if copy.exists() and (copy.stat().st_size, copy.stat().st_mtime_ns) == whole:
+        return
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UsageError(f"its checkpoint is compressed by method {member.compress_type}")
+    if member.file_size > 10 * archived.st_size:  # weights hardly shrink
+        raise UsageError("its checkpoint would be more than ten times as large as the archive")
+    copy.unlink(missing_ok=True)
+    shown_as: dict[str, Any] = {"total": member.file_size, "unit": "B", "unit_scale": True}
     with (
         zipfile.ZipFile(path) as archive,
         archive.open(member) as source,
-        open(to, "wb") as out,
-        progress(desc=f"unpacking {path.name}", **shown) as bar,
+        open(copy, "xb") as out,
+        progress(desc=f"unpacking {path.name}", **shown_as) as bar,
     ):
         while chunk := source.read(1 << 24):
             out.write(chunk)
             bar.update(len(chunk))
+    os.utime(copy, ns=(archived.st_mtime_ns,) * 2)  # what tells a whole copy from a part of one
 
 
 def under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

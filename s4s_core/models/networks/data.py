@@ -6,18 +6,22 @@ the model "digits".
 
 import hashlib
 import tarfile
+import zipfile
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
 from ...errors import UsageError, choose
+from .io import reason, require_file
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 # TensorFlow Datasets and Red Datasets check this one; CIFAR-10's authors publish an MD5 only.
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 RECORD = 1 + 3 * 32 * 32  # bytes of an image: its class, then red, green and blue, row by row
+FILE = 10_000 * RECORD
+LARGEST = 1 << 28  # bytes of an array: of the covariance of 5792 features
 
 
 def training_data(dataset: str, path: str | Path = "", test: bool = False) -> tuple[Tensor, Tensor]:
@@ -55,7 +59,7 @@ def cifar10_data(path: str | Path, test: bool = False) -> tuple[Tensor, Tensor]:
     names = ["test_batch.bin"] if test else [f"data_batch_{i}.bin" for i in range(1, 6)]
     try:
         if path.is_dir():
-            files = [(path / name).read_bytes() for name in names]
+            files = [_read(path / name) for name in names]
         else:
             files = _unpack(path, names)
     except (OSError, EOFError, KeyError, tarfile.TarError) as error:
@@ -70,8 +74,17 @@ def cifar10_data(path: str | Path, test: bool = False) -> tuple[Tensor, Tensor]:
     return records[:, 1:].reshape(-1, 3, 32, 32) / 127.5 - 1, records[:, 0].long()
 
 
+def _read(path: Path) -> bytes:
+    """The content of one of the files; OSError for a larger one, and for a pipe or a device."""
+    if not path.is_file() or path.stat().st_size > FILE:
+        raise OSError(f"{path.name} is no file of at most {FILE} bytes")
+    return path.read_bytes()
+
+
 def _unpack(path: Path, names: list[str]) -> list[bytes]:
     """The content of the archive's members; UsageError unless it is the published archive."""
+    if not path.is_file():
+        raise OSError("no file")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != CIFAR10_SHA256:
@@ -83,6 +96,23 @@ def _unpack(path: Path, names: list[str]) -> list[bytes]:
         members = (archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names)
         # The archive is the published one, so these members are files and not None.
         return [cast(IO[bytes], member).read() for member in members]
+
+
+def read_arrays(path: str | Path, *names: str) -> list[Any]:
+    """Return arrays, by their names, of an .npz file, without unpickling anything.
+
+    Raises UsageError for what is no file and for an array of more than LARGEST bytes, and whatever
+    numpy and zipfile raise for damage.
+    """
+    import numpy as np
+
+    require_file(path)
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            if (size := archive.getinfo(f"{name}.npy").file_size) > LARGEST:
+                raise UsageError(f"its array {name} would take {size} bytes, more than {LARGEST}")
+    with np.load(path, allow_pickle=False) as file:
+        return [file[name] for name in names]
 
 
 ECG_RATE, ECG_POINTS = 64, 128  # a second, and a window
@@ -102,14 +132,16 @@ def ecg_data(path: str | Path = "", every: int = 4) -> tuple[Tensor, Tensor]:
 
     try:
         if path:
-            with np.load(path) as file:
-                millivolts = (file["ecg"].astype(np.float64) - 1024) / 200
+            (levels,) = read_arrays(path, "ecg")
+            millivolts = (levels.astype(np.float64) - 1024) / 200
+            if levels.ndim != 1 or len(levels) < 10_000 or not np.isfinite(millivolts).all():
+                raise ValueError("its signal is too short, of several leads or not finite")
         else:
             millivolts = datasets.electrocardiogram()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # numpy, zipfile, zlib and scipy each have their own
         raise UsageError(
-            f"the electrocardiogram could not be had ({str(error).splitlines()[0]}): give the path "
-            "of ecg.dat, from https://github.com/scipy/dataset-ecg"
+            f"the electrocardiogram could not be had ({reason(path, error)}): give the path of "
+            "ecg.dat, from https://github.com/scipy/dataset-ecg"
         ) from None
     slow = signal.resample_poly(millivolts - millivolts.mean(), 8, 45) / 2.5
     starts = np.arange(0, len(slow) - ECG_POINTS + 1, every)

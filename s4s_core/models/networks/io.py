@@ -3,7 +3,12 @@
 A file holds numbers and strings only; loading one never executes anything from it.
 """
 
+import itertools
 import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ...errors import UsageError, write_atomically
 from .classifier import Classifier
@@ -63,15 +69,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     Raises UsageError if the file is missing or is not a complete safetensors file.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"there is no network file {path}; check the path, or train a network")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise UsageError(
-            f"{path} is not a complete safetensors file ({error}); fetch or train it again"
-        ) from None
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def load_network(path: str | Path) -> nn.Module:
@@ -83,10 +82,48 @@ def load_network(path: str | Path) -> nn.Module:
     name = _class_name(metadata.get("class"), metadata.get("config", ""))
     if name is None or name not in CLASSES:
         raise UsageError(
-            f"{path} holds a network of class {name!r}, not one of: {', '.join(CLASSES)}; "
-            "use a file that save_network wrote"
+            f"{path} holds a network of class {(name or 'none')[:80]}, not one of: "
+            f"{', '.join(CLASSES)}; use a file that save_network wrote"
         )
-    return build(path, name, metadata.get("config", ""), safetensors.torch.load_file(path))
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    return build(path, name, metadata.get("config", ""), tensors)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """The safetensors file; UsageError for whatever keeps it from being read."""
+    require_file(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
+    except Exception as error:  # of safetensors, and of torch for a dtype that it does not have
+        raise UsageError(
+            f"{path} is not a complete safetensors file ({reason(path, error)}); fetch or train it "
+            "again"
+        ) from None
+
+
+def require_file(path: str | Path) -> None:
+    """Raise UsageError unless `path` is a file: a pipe or a device would never end."""
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no file {path}; check the path, or fetch or train it")
+
+
+def reason(path: str | Path, error: Exception) -> str:
+    """Return why a file cannot be read: what it really is, or else the error's first sentence."""
+    with suppress(OSError, UsageError):
+        require_file(path)
+        with open(path, "rb") as file:
+            start = file.read(200).strip().lower()
+        if not start:
+            return "it is empty"
+        if start.startswith(b"version https://git-lfs"):
+            return "it is a Git LFS pointer, in whose place git lfs pull puts the file"
+        if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+            return "it is a web page"
+    words = str(error).split() or [type(error).__name__]
+    return " ".join(words).split(". ")[0][:200]  # a second sentence may give unsafe advice
 
 
 def build(path: str | Path, name: str, config: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -95,17 +132,26 @@ def build(path: str | Path, name: str, config: str, tensors: dict[str, torch.Ten
     It is as `load_network` returns it. Raises UsageError, which names the file `path` that they
     come from, if they do not fit together or a weight is not finite.
     """
-    tensors = {key: value.float() for key, value in tensors.items()}
+    if any(value.is_complex() for value in tensors.values()):
+        raise UsageError(f"{path} has complex weights, and a {name} has none; use another file")
+    made, thread = itertools.count(1), threading.get_ident()
+
+    def count(*_: object) -> None:
+        if threading.get_ident() == thread and next(made) > len(tensors):
+            raise ValueError("it has fewer weights")
+
     try:
+        tensors = {key: value.float() for key, value in tensors.items()}
         arguments = json.loads(config)
-        with torch.device("meta"):  # sizes that the tensors do not have must cost no memory
-            CLASSES[name](**arguments).load_state_dict(tensors, assign=True)
+        # What the tensors do not have must cost no memory, and a billion layers no time.
+        with torch.device("meta"), register_module_parameter_registration_hook(count):
+            net = CLASSES[name](**arguments)
+        net.load_state_dict(tensors, assign=True)
         net = CLASSES[name](**arguments)
         net.load_state_dict(tensors)
     except Exception as error:  # whatever a constructor makes of wrong arguments
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"{path} does not describe a {name} ({reason}); fetch or train it again"
+            f"{path} does not describe a {name} ({reason(path, error)}); fetch or train it again"
         ) from None
     if not all(value.isfinite().all() for value in tensors.values()):
         raise UsageError(f"{path} has weights that are NaN or infinite; fetch or train it again")

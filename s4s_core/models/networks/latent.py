@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import UsageError, optional_import
 from .checkpoint import averaged, fill, fill_decoder, fill_unet, open_checkpoint, under
+from .io import require_file
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,15 @@ def _decode(vae: Any, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
 
 def _captions(path: str | Path) -> list[str]:
     """The lines of a text file, or the column `text` of a .csv; empty ones are left out."""
+    require_file(path)
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines: list[str] = [*file]  # not at the separators of Unicode, as splitlines does
         if Path(path).suffix == ".csv":
-            lines = [row["text"] for row in csv.DictReader(lines)]
+            lines = [row["text"] or "" for row in csv.DictReader(lines, strict=True)]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
         raise UsageError(f"{path} is no readable file of captions ({error})") from None
-    lines = [s for line in lines if (s := line.strip())]
+    lines = [s for line in lines if (s := " ".join(line.split()))]
     if not lines:
         raise UsageError(f"{path} has no captions: give a text file with one in each line")
     return lines
@@ -195,6 +198,8 @@ def _tokenizer(vocabulary: str | Path, merges: str | Path) -> Callable[[list[str
     """The function texts -> tokens (B, length), cut or padded to the text encoder's length."""
     with optional_import(*EXTRA):
         from transformers import CLIPTokenizer
+    for path in (vocabulary, merges):
+        require_file(path)
     try:
         tokenizer = CLIPTokenizer(str(vocabulary), str(merges))
         valid = len(tokenizer) == CLIP["vocab_size"]

@@ -1,149 +1,84 @@
-"""Read NVIDIA's pickled EDM checkpoints as data: nothing in the file is ever executed.
+"""Read pickles, and the files of `torch.save`, as data: nothing in them is ever executed.
 
-Such a file asks to import modules, to call functions and to run a copy of the network's source.
-Here a short interpreter of pickle's instructions builds numbers, strings, containers and tensors
-instead. It knows the few functions that a checkpoint must name, and calls in place of each a
-function of this file that only makes data of its arguments. It refuses all other names. Weights lie
-in the pickle as streams that `torch.save` wrote in its older format: five small pickles, which the
-same interpreter reads with even fewer names, and then the numbers themselves.
+Such a file asks to import modules, to call functions and to set states. Here a short interpreter of
+pickle's instructions builds numbers, strings, containers and tensors instead. It knows the few
+functions that a file of weights must name, and calls in place of each a function of this package
+that only makes data of its arguments. It refuses all other names.
+
+`pickle.Unpickler` with a list of allowed names would be shorter. But it fills 4 GB for a file of
+eight bytes (LONG_BINPUT), it lets the file set the attributes of the functions that it may name
+(BUILD), and it counts nothing. `torch.load(weights_only=True)` maps weights beyond their record.
 """
 
-import inspect
+import builtins
 import io
 import itertools
-import json
 import math
+import mmap
 import pickletools
 import struct
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from .io import build, load_network, save_network
-from .song_unet import EDMPrecond
+from .io import reason, require_file
 
 Kind = TypeVar("Kind")
-Names = Mapping[tuple[str, str], Any]  # (module, name) in a pickle -> what stands for it here
+Stream = io.BufferedReader | io.BytesIO
+Find = Callable[[tuple[str, str]], Any]  # (module, name) -> what stands for it, None if nothing may
+Storage = Callable[[str, torch.dtype, int], Tensor]  # key, dtype, n -> numbers (n,)
 
-# A checkpoint has about 1e5 instructions and 25 levels; an instruction of one byte can cost 200.
-MAX_INSTRUCTIONS, MAX_DEPTH = 1_000_000, 100
+# A checkpoint has about 1e5 instructions; one of a single byte can cost 250 bytes of memory.
+MAX_INSTRUCTIONS = 1_000_000
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save's older format
 
+IGNORED = object()  # stands for what is no weight, and for all that is made of it
 
-def load_edm(path: str | Path, device: torch.device | str = "cpu") -> EDMPrecond:
-    """Load the network of an EDM checkpoint (its "ema", the weights averaged over training).
 
-    `path` is NVIDIA's .pkl, or a .safetensors that `convert_edm` made of it. The network is in
-    float32 and in eval mode, and its weights require no gradient. Raises UsageError for a file that
-    is missing or damaged, that is of another architecture, or that holds anything but data.
+def read_torch(path: Path) -> Any:
+    """Return what `torch.save` wrote to `path`: containers, numbers, strings and CPU tensors.
+
+    Bookkeeping beside the weights is IGNORED. Tensors are mapped from the file, so only those that
+    are used are read; those of torch's format before 1.6 are read at once. All else takes at most
+    250 times the pickle's bytes. Raises whatever a damaged file leads to: see `told_of`.
     """
-    if Path(path).suffix == ".safetensors":
-        net = load_network(path)
-        if not isinstance(net, EDMPrecond):
-            raise UsageError(
-                f"{path} holds a {type(net).__name__}, no EDMPrecond; use what convert_edm made"
-            )
-        return net.to(device)
-    ema: Any = read_persistent(path).get("ema")
-    name = ema.get("class_name") if isinstance(ema, dict) else None
-    if name != "EDMPrecond":
-        raise UsageError(
-            f"{path} has a network of class {_shown(name)} as its ema, not EDMPrecond; "
-            "use a checkpoint edm-*.pkl"
-        )
+    with open(path, "rb") as file:
+        if file.read(2) == b"PK":
+            return _read_zip(file)
+        file.seek(0)
+        return read_older(file, path.stat().st_size, _find, itertools.count(1))
+
+
+@contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Turn whatever reading the file `path` raises into a UsageError of one sentence."""
+    require_file(path)
     try:
-        config, tensors = _arguments(ema), dict(_tensors(ema, "", set()))
-    except UsageError as error:
-        raise UsageError(f"{path} is no EDM checkpoint: {error}; fetch it again") from None
-    if sum(tensor.nbytes for tensor in tensors.values()) > Path(path).stat().st_size:
-        raise UsageError(f"{path} describes more weights than it holds; fetch it again")
-    return cast(EDMPrecond, build(path, "EDMPrecond", config, tensors)).to(device)
-
-
-def convert_edm(pkl: str | Path, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the network of NVIDIA's `pkl` to the safetensors file `path`, its weights as `dtype`.
-
-    float16 halves the file and rounds the weights. Raises UsageError like `load_edm`.
-    """
-    save_network(path, load_edm(pkl), dtype, source=Path(pkl).name)
-
-
-def _arguments(network: dict[str, Any]) -> str:
-    """The arguments of `network`, as JSON; its state overrides those that it was made with."""
-    values, state = _of_type(tuple, network.get("init_args")), _of_type(dict, network.get("state"))
-    named = dict(zip(inspect.signature(EDMPrecond).parameters, values, strict=False))
-    named |= _of_type(dict, network.get("init_kwargs"))
-    attributes = ("use_fp16", "sigma_min", "sigma_max", "sigma_data")
-    named |= {key: state[key] for key in attributes if key in state}
-    for key, value in named.items():
-        # Shared containers and strings are short in a pickle and could be endless in JSON.
-        numbers = value if type(value) in (list, tuple) else [value]
-        short = len(numbers) <= 100 and len(named) <= 100 and len(str(key)) <= 100
-        if (type(value) is str and len(value) > 100) or not short:
-            raise UsageError(f"its argument {_shown(key)} is too long")
-        if any(type(n) not in (int, float, bool) for n in numbers) and type(value) is not str:
-            raise UsageError(f"its argument {_shown(key)} is neither a number, a list nor a word")
-    return json.dumps(named)
-
-
-def _tensors(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Pairs (name in the state dict, tensor) of all parameters and buffers of a module.
-
-    `seen` are the ids of the modules that came before; UsageError for one that comes twice.
-    """
-    if id(module) in seen:
-        raise UsageError(f"it has the module {_shown(prefix)} twice")
-    seen.add(id(module))
-    state = _of_type(dict, _of_type(dict, module).get("state"))
-    not_saved = _of_type(set, state.get("_non_persistent_buffers_set", set()))
-    for kind in ("_parameters", "_buffers", "_modules"):
-        for name, item in _of_type(dict, state.get(kind)).items():
-            if len(_of_type(str, name)) > 100:
-                raise UsageError(f"it has the name {_shown(name)}, which is too long")
-            if item is not None and kind == "_modules":
-                yield from _tensors(item, f"{prefix}{name}.", seen)
-            elif item is not None and name not in not_saved:
-                yield prefix + name, _of_type(Tensor, item)
-
-
-def read_persistent(path: str | Path) -> dict[Any, Any]:
-    """Return the content of a .pkl by NVIDIA's `torch_utils.persistence`.
-
-    It consists of plain dicts, lists, tuples and CPU tensors. An object becomes {"class_name": str,
-    "init_args": tuple, "init_kwargs": dict, "state": dict}, and the state of a module has the keys
-    "_parameters", "_buffers" and "_modules". The source code in the file is left out. Reading
-    takes at most a few times as much memory as the file has bytes. Raises UsageError, with the
-    reason, for any other file.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror}); check the path") from None
-    try:
-        steps = itertools.count(1)
-        storage = {("torch.storage", "_load_from_bytes"): lambda data: _storage(data, steps)}
-        content = _interpret(io.BytesIO(data), NAMES | storage, steps)
-        _check_depth(content, {})
-        if type(content) is not dict:
-            raise UsageError(f"it holds a {type(content).__name__} where a dict should be")
+        yield
     except UsageError as error:
         raise UsageError(
-            f"{path} was refused, and nothing in it was executed: {error}; "
-            "fetch the checkpoint again from its publisher"
+            f"{path} was refused, and nothing in it was executed: {error}; take the file that its "
+            "authors published"
         ) from None
-    except Exception as error:  # whatever damaged bytes lead to
-        reason = f"{type(error).__name__}: {_shown(str(error))}"
-        raise UsageError(f"{path} is not a complete pickle ({reason}); fetch it again") from None
-    return content
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UsageError(f"cannot read {path} ({error.strerror}); see to that first") from None
+        raise UsageError(
+            f"{path} is no whole checkpoint, and nothing in it was executed "
+            f"({reason(path, error)}); fetch it again"
+        ) from None
 
 
-def _shown(name: object) -> str:
-    """A name from a file, quoted and cut to fit into one line."""
+def shown(name: object) -> str:
+    """Return a name from a file, quoted and cut to fit into one line."""
     return repr(name if name is None else str(name)[:80])
 
 
@@ -157,13 +92,17 @@ LITERALS = {
 }  # fmt: skip
 
 
-def _interpret(
-    stream: io.BytesIO, names: Names, steps: Iterator[int], persistent_ids: bool = False
+def interpret(
+    stream: Stream,
+    find: Find,
+    steps: Iterator[int],
+    storage: Storage | None = None,
 ) -> Any:
-    """The object of the pickle at the position of `stream`, which is then moved behind the pickle.
+    """Return the object of the pickle at the position of `stream`, and move that behind the pickle.
 
-    `names` are the (module, name) pairs that the pickle may mention, with the functions (which it
-    may call) or values that stand for them. `steps` counts instructions over all pickles of a file.
+    `find` gives the function (which the pickle may call) or the value that stands for a name.
+    `steps` counts instructions over all pickles of a file. `storage` gives the numbers that the
+    pickle refers to. Raises UsageError for what is not allowed, and other errors for damage.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -205,59 +144,70 @@ def _interpret(
                 stack[-n:] = [tuple(stack[-n:])]
             case "APPEND":
                 item = stack.pop()
-                _of_type(list, stack[-1]).append(item)
+                _filled(list, stack[-1]).append(item)
             case "APPENDS":
                 items = since_mark()
-                _of_type(list, stack[-1]).extend(items)
+                _filled(list, stack[-1]).extend(items)
             case "ADDITEMS":
                 items = since_mark()
-                _of_type(set, stack[-1]).update(map(_key, items))
+                _filled(set, stack[-1]).update(map(_key, items))
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _of_type(dict, stack[-1])[_key(key)] = value
+                _filled(dict, stack[-1])[_key(key)] = value
             case "SETITEMS":
                 items = since_mark()
-                target = _of_type(dict, stack[-1])
+                target = _filled(dict, stack[-1])
                 for key, value in zip(items[::2], items[1::2], strict=True):
                     target[_key(key)] = value
             case "GLOBAL":
-                stack.append(_known(names, *argument.split(" ", 1)))
+                stack.append(_known(find, *argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_known(names, module, name))
+                stack.append(_known(find, module, name))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
-                if type(function) is not FunctionType:
+                if function is IGNORED:
+                    stack.append(IGNORED)
+                elif type(function) is FunctionType:
+                    stack.append(function(*of_type(tuple, arguments)))
+                else:
                     raise UsageError(f"it calls a {type(function).__name__}")
-                stack.append(function(*_of_type(tuple, arguments)))
             case "BUILD":
                 state = stack.pop()
                 _set_state(stack[-1], state)
-            case "BINPERSID" if persistent_ids:
-                pass
+            case "BINPERSID" if storage:
+                stack.append(storage(*_storage_id(stack.pop())))
             case name:
                 raise UsageError(f"it uses the pickle instruction {name}")
 
 
-def _known(names: Names, module: Any, name: Any) -> Any:
-    """The entry of `names` for module.name; UsageError if there is none."""
-    key = (_of_type(str, module), _of_type(str, name))
-    if key not in names:
-        raise UsageError(f"it asks for {_shown('.'.join(key))}")
-    return names[key]
+def _known(find: Find, module: Any, name: Any) -> Any:
+    """What stands for module.name; UsageError if nothing does."""
+    key = (of_type(str, module), of_type(str, name))
+    if (found := find(key)) is None:
+        raise UsageError(f"it asks for {shown('.'.join(key))}")
+    return found
 
 
-def _of_type(kind: type[Kind], value: Any) -> Kind:
-    """The value, if its type is exactly `kind`; UsageError otherwise."""
+def of_type(kind: type[Kind], value: Any) -> Kind:
+    """Return the value, if its type is exactly `kind`; raises UsageError otherwise."""
     if type(value) is not kind:
         raise UsageError(f"it uses a {type(value).__name__} as a {kind.__name__}")
     return value
 
 
-def _key(value: Any) -> str | int:
+def _filled(kind: type[Kind], target: Any) -> Kind:
+    """The container that an instruction fills, which is of no use if the target is IGNORED."""
+    return kind() if target is IGNORED else of_type(kind, target)
+
+
+def _key(value: Any) -> Any:
     """The value, if it may be a key; UsageError otherwise."""
-    # Hashing a tuple that is nested deeply enough would end the interpreter.
-    if type(value) not in (str, int):
+    # Hashing a tuple that is nested deeply enough would end the interpreter, and a million
+    # multiples of 2^61 - 1, which have one hash, would keep it busy for hours.
+    if type(value) is int and value.bit_length() <= 60:
+        return value
+    if value is not IGNORED and type(value) not in (str, float, bool, type(None)):
         raise UsageError(f"it uses a {type(value).__name__} as a key")
     return value
 
@@ -265,92 +215,23 @@ def _key(value: Any) -> str | int:
 def _set_state(target: Any, state: Any) -> None:
     """Do what the instruction BUILD may do: fill a ModuleDict, or leave the target as it is.
 
-    The latter is for an empty dict and for a numpy dtype. UsageError for any other target.
+    The latter is for what is IGNORED, for a numpy dtype, and for a dict that gets nothing or the
+    versions of a network's layers. UsageError for any other target.
     """
+    if target is IGNORED:
+        return
     if type(target) is dict and type(state) is dict:
         if target.get("class_name") == "ModuleDict":
             target["state"] = state
             return
-        if not state:
+        if state.keys() <= {"_metadata"}:
             return
     if type(target) is str and type(state) is tuple and state[1] in ("<", "|"):
         return
     raise UsageError(f"it sets the state of a {type(target).__name__}")
 
 
-def _check_depth(item: Any, heights: dict[int, int], depth: int = 0) -> int:
-    """The height of a nested container; UsageError for one that holds itself or is too deep.
-
-    `heights` are the heights of the containers that are already measured, by their ids.
-    """
-    if type(item) not in (dict, list, tuple):
-        return 0
-    if depth <= MAX_DEPTH and id(item) not in heights:
-        children = item.values() if type(item) is dict else item
-        below = (_check_depth(child, heights, depth + 1) for child in children)
-        heights[id(item)] = 1 + max(below, default=0)
-    if depth + heights.get(id(item), MAX_DEPTH) > MAX_DEPTH:
-        raise UsageError(f"it nests containers deeper than {MAX_DEPTH} levels")
-    return heights[id(item)]
-
-
-# ---- what stands for the functions that a checkpoint names
-
-
-def _object(meta: Any) -> dict[str, Any]:
-    """An object of torch_utils.persistence; its source, meta["module_src"], is never looked at."""
-    state = dict(_of_type(dict, _of_type(dict, meta)["state"]))
-    arguments, keywords = state.pop("_init_args", None), state.pop("_init_kwargs", None)
-    return {
-        "class_name": _of_type(str, meta["class_name"]),
-        "init_args": arguments or (),
-        "init_kwargs": keywords or {},
-        "state": state,
-    }
-
-
-def _module_dict() -> dict[str, Any]:
-    return {"class_name": "ModuleDict", "init_args": (), "init_kwargs": {}, "state": {}}
-
-
-def _empty_dict() -> dict[str, Any]:
-    return {}
-
-
-def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Any:
-    return tensor
-
-
-def _strided(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """A tensor that is a view of a storage; UsageError if it reaches beyond the storage."""
-    numbers = [offset, *_of_type(tuple, size), *_of_type(tuple, stride)]
-    if len(size) != len(stride) or len(size) > 8:
-        raise UsageError(f"it makes a tensor of {len(size)} dimensions and {len(stride)} strides")
-    if any(type(n) is not int or n < 0 for n in numbers):
-        raise UsageError("it makes a tensor with a size, a stride or an offset that is no count")
-    n = _of_type(Tensor, storage).numel()
-    end = offset + 1 + sum((m - 1) * step for m, step in zip(size, stride, strict=True))
-    if math.prod(size) > n or (0 not in size and end > n):
-        raise UsageError(f"it makes a tensor that reaches beyond its {n} numbers")
-    return storage.new_empty(size) if 0 in size else storage.as_strided(size, stride, offset)
-
-
-NUMPY = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "b1": "?"}
-
-
-def _numpy_dtype(name: Any, *_: Any) -> str:
-    """The `struct` code of a numpy dtype."""
-    if _of_type(str, name) not in NUMPY:
-        raise UsageError(f"it has a numpy scalar of type {_shown(name)}")
-    return NUMPY[name]
-
-
-def _numpy_scalar(code: Any, data: Any) -> float | int | bool:
-    """The number in `data`, whose `struct` code is `code`."""
-    if code not in NUMPY.values():
-        raise UsageError(f"it has a numpy scalar of type {_shown(code)}")
-    return struct.unpack(f"<{code}", data)[0]
-
+# ---- the files of torch.save
 
 STORAGES = {
     ("torch", "DoubleStorage"): torch.float64,
@@ -359,37 +240,148 @@ STORAGES = {
     ("torch", "BFloat16Storage"): torch.bfloat16,
     ("torch", "LongStorage"): torch.int64,
     ("torch", "IntStorage"): torch.int32,
+    ("torch", "ShortStorage"): torch.int16,
+    ("torch", "CharStorage"): torch.int8,
+    ("torch", "ByteStorage"): torch.uint8,
+    ("torch", "BoolStorage"): torch.bool,
 }
 
 
-def _storage(data: Any, steps: Iterator[int]) -> Tensor:
-    """The numbers (n,) of a storage in the older format of torch.save."""
-    if _of_type(bytes, data)[:2] == b"PK":
-        raise UsageError("it holds a storage as a zip archive, which torch never writes there")
-    stream = io.BytesIO(data)
-    magic, protocol, system, storage, keys = (
-        _interpret(stream, STORAGES, steps, persistent_ids=True) for _ in range(5)
-    )
-    if (magic, protocol) != (MAGIC, PROTOCOL) or system.get("little_endian") is not True:
-        raise UsageError("it holds a storage of an unknown format")
-    _, dtype, key, _, n, view = _of_type(tuple, storage)
-    if not isinstance(dtype, torch.dtype) or keys != [key] or view is not None:
-        raise UsageError("it holds a storage of an unknown format")
-    numbers = bytearray(memoryview(data)[stream.tell() :])
-    claimed, size = int.from_bytes(numbers[:8], "little"), len(numbers) - 8
-    if claimed != _of_type(int, n) or n * dtype.itemsize != size:
-        raise UsageError(f"it holds a storage that claims {claimed} numbers in {size} bytes")
-    return torch.frombuffer(numbers, dtype=dtype, offset=8) if n else torch.empty(0, dtype=dtype)
+def new_dict() -> dict[str, Any]:
+    """Return an empty dict, which stands for one of another class."""
+    return {}
 
 
-NAMES = {
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _object,
-    ("torch.nn.modules.container", "ModuleDict"): _module_dict,
-    ("collections", "OrderedDict"): _empty_dict,
-    ("dnnlib.util", "EasyDict"): _empty_dict,
+def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> Any:
+    return tensor
+
+
+def _strided(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, flags: Any = None
+) -> Tensor:
+    """A tensor that is a view of a storage; UsageError if it reaches beyond the storage."""
+    if len(of_type(tuple, size)) != len(of_type(tuple, stride)) or len(size) > 8:
+        raise UsageError(f"it makes a tensor of {len(size)} dimensions and {len(stride)} strides")
+    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        raise UsageError("it makes a tensor with a size, a stride or an offset that is no count")
+    if flags:  # conjugated or negated when it is read
+        raise UsageError("it makes a tensor whose numbers are not those of its storage")
+    n = of_type(Tensor, storage).numel()
+    end = offset + 1 + sum((m - 1) * step for m, step in zip(size, stride, strict=True))
+    if math.prod(size) > n or (0 not in size and end > n):
+        raise UsageError(f"it makes a tensor that reaches beyond its {n} numbers")
+    return storage.new_empty(size) if 0 in size else storage.as_strided(size, stride, offset)
+
+
+TENSORS = {
+    ("collections", "OrderedDict"): new_dict,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _strided,
-    ("numpy", "dtype"): _numpy_dtype,
-    ("numpy.core.multiarray", "scalar"): _numpy_scalar,
-    ("numpy._core.multiarray", "scalar"): _numpy_scalar,
 }
+# What lies beside the weights in published checkpoints: these packages' objects, and these names.
+BOOKKEEPING = {"argparse", "collections", "lightning", "numpy", "omegaconf", "pathlib"}
+BOOKKEEPING |= {"pytorch_lightning", "typing"}
+PLAIN = {("_codecs", "encode"), ("torch", "device"), ("torch", "Size")}
+PLAIN |= {("torch", str(dtype).removeprefix("torch.")) for dtype in STORAGES.values()}
+PLAIN |= {
+    (module, name)
+    for module in ("builtins", "__builtin__")
+    for name, value in vars(builtins).items()
+    if isinstance(value, type)
+}
+
+
+def _find(key: tuple[str, str]) -> Any:
+    """What stands for a name in a checkpoint."""
+    if key in PLAIN or (key[0].partition(".")[0] in BOOKKEEPING and key not in TENSORS):
+        return IGNORED
+    return (TENSORS | STORAGES).get(key)
+
+
+def _storage_id(item: Any) -> tuple[str, torch.dtype, int]:
+    """The key, the dtype and the length of a storage that a pickle refers to."""
+    kind, dtype, key, _, n, *view = of_type(tuple, item)
+    if kind != "storage" or not isinstance(dtype, torch.dtype) or any(view):
+        raise UsageError("it refers to a storage of an unknown format")
+    if type(n) is not int or not 0 <= n < 2**60:
+        raise UsageError("it refers to a storage whose length is no count")
+    return of_type(str, key), dtype, n
+
+
+def _read_zip(file: Stream) -> Any:
+    """The object in a zip archive of torch.save, with the tensors mapped from their records."""
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    with zipfile.ZipFile(file) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+        starts = sorted(info.header_offset for info in records.values())
+        ends = dict(zip(starts, [*starts[1:], archive.start_dir], strict=True))
+    pickles = [name for name in records if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise UsageError(f"it is a zip archive of {len(pickles)} pickles, and should have one")
+    folder = pickles[0].removesuffix("data.pkl")
+
+    def record(name: str) -> tuple[int, int]:
+        """The offset and the number of bytes of a record."""
+        if (info := records.get(folder + name)) is None:
+            raise UsageError(f"it lacks its record {shown(name)}")
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise UsageError("its records are compressed or encrypted, as torch never writes them")
+        lengths = struct.unpack_from("<HH", mapped, info.header_offset + 26)  # of name and extra
+        start = info.header_offset + 30 + sum(lengths)
+        if start + info.file_size > ends[info.header_offset]:
+            raise UsageError(f"its record {shown(name)} runs into the next one")
+        return start, info.file_size
+
+    def content(name: str) -> bytes:
+        start, n = record(name)
+        return mapped[start : start + n]
+
+    @cache
+    def storage(key: str, dtype: torch.dtype, n: int) -> Tensor:
+        start, size = record(f"data/{key}")
+        if n * dtype.itemsize != size:
+            raise UsageError(f"it has a storage of {size} bytes that claims {n} numbers")
+        if n == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(mapped, dtype=dtype, count=n, offset=start)
+
+    if folder + "byteorder" in records and content("byteorder") != b"little":
+        raise UsageError("its numbers are big-endian")
+    return interpret(io.BytesIO(content("data.pkl")), _find, itertools.count(1), storage)
+
+
+def read_older(stream: Stream, size: int, find: Find, steps: Iterator[int]) -> Any:
+    """Return what torch.save wrote to the rest of `stream` in its older format.
+
+    That is five small pickles, the fourth of them the object, and then the numbers themselves, at
+    most `size` bytes. See `interpret` for the other arguments and the errors.
+    """
+    storages: dict[str, Tensor] = {}
+
+    def storage(key: str, dtype: torch.dtype, n: int) -> Tensor:
+        nonlocal size
+        if key not in storages:
+            size -= n * dtype.itemsize
+            if size < 0:
+                raise UsageError(f"it has a storage that claims {n} numbers")
+            storages[key] = torch.empty(n, dtype=dtype)
+        if storages[key].dtype != dtype or len(storages[key]) != n:
+            raise UsageError("it has a storage that is read in two ways")
+        return storages[key]
+
+    none: dict[tuple[str, str], Any] = {}
+    magic, protocol, system = (interpret(stream, none.get, steps) for _ in range(3))
+    if (magic, protocol) != (MAGIC, PROTOCOL) or system.get("little_endian") is not True:
+        raise UsageError("it is of an unknown format")
+    content = interpret(stream, find, steps, storage)
+    keys = interpret(stream, none.get, steps)
+    if sorted(of_type(list, keys)) != sorted(storages):
+        raise UsageError("it lists other storages than it has")
+    for key in keys:
+        numbers: Any = storages[key].view(torch.uint8).numpy()
+        claimed = int.from_bytes(stream.read(8), "little")
+        if claimed != len(storages[key]) or stream.readinto(numbers) != len(numbers):
+            raise UsageError(f"it has a storage that claims {claimed} numbers, and others")
+    if stream.read(1):
+        raise UsageError("it goes on behind its last storage")
+    return content

@@ -52,6 +52,8 @@ class NoiseEmbedding(nn.Module):
 
     def __init__(self, width: int, classes: int = 0):
         super().__init__()
+        if not 8 <= width <= 2**16:  # what a file claims must not keep a computer busy
+            raise UsageError(f"the noise embedding has 8 to 65536 numbers, not {width}")
         # On the CPU even if the default is "meta", where the first arithmetic imports for seconds.
         frequencies = 1e4 ** -torch.linspace(0, 1, width // 8, device="cpu")
         self.register_buffer("frequencies", frequencies, persistent=False)
