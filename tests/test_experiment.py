@@ -104,6 +104,9 @@ def test_a_setting_of_none_leaves_the_one_in_the_file():
         ({"settings": {"lr_xi": float("nan")}}, ["lr_xi", "finite"]),
         ({"settings": {"distance": "ssim"}}, ["distance", "'ssim'", "l2", "lpips"]),
         ({"settings": {"rematerialize": 1}}, ["rematerialize", "bool"]),
+        ({"settings": {"epochs": 10**30}}, ["epochs", "2^63"]),
+        ({"settings": {"epochs": 10**5000}}, ["epochs", "2^63"]),
+        ({"settings": {"lr_phi": 10**400}}, ["lr_phi", "finite"]),
         ({"settings": [("epochs", 3)]}, ["settings"]),
     ],
 )
@@ -126,6 +129,11 @@ def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
         s4s.load("ffhqq")
 
 
+PLAIN = "schedule: EDM\nshape: [2]\n"
+LAUGHS = PLAIN + "a0: &a0 [1]\n"
+LAUGHS += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -145,13 +153,57 @@ def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
         ("schedule: [EDM\nshape: {2", ["YAML"]),
         ("schedule:\tEDM\n\tshape: [2]\n", ["YAML"]),
         ("schedule: EDM\nshape: [2]\n3: 4\n", ["setting", "3"]),
+        ("schedule: EDM\nshape: []\n", ["shape"]),
+        (PLAIN + "epochs: 010\n", ["epochs", "int", "'010'", "10"]),
+        (PLAIN + "epochs: 0x1F\n", ["epochs", "int", "'0x1F'"]),
+        (PLAIN + "epochs: 1_000\n", ["epochs", "int", "'1_000'", "1000"]),
+        (PLAIN + "epochs: 1:30\n", ["epochs", "int", "'1:30'"]),
+        (PLAIN + "lr_phi: 1:30.5\n", ["lr_phi", "float", "'1:30.5'"]),
+        (PLAIN + "epochs: 2020-13-45\n", ["epochs", "int", "'2020-13-45'"]),
+        (PLAIN + "epochs: 2020-12-24\n", ["epochs", "int", "'2020-12-24'"]),
+        (PLAIN + "epochs: 1" + 30 * "0", ["epochs", "2^63"]),
+        (PLAIN + "epochs: " + 5000 * "1", ["epochs", "int", "'111"]),
+        (PLAIN + "lr_phi: " + 5000 * "1" + ".0", ["lr_phi", "finite"]),
+        (PLAIN + "lr_phi: " + 90 * "1", ["lr_phi", "finite"]),
+        (PLAIN + "lr_phi: .nan\n", ["lr_phi", "finite"]),
+        (PLAIN + "offset_fraction: 1.5\n", ["offset_fraction", "at most 1"]),
+        (PLAIN + "epochs: !!bool x\n", ["YAML", "tags", "line 3"]),
+        (PLAIN + "epochs: !!int x\n", ["YAML", "tags"]),
+        (PLAIN + "epochs: !!timestamp abc\n", ["YAML", "tags"]),
+        (PLAIN + "epochs: !!binary aGk=\n", ["YAML", "tags"]),
+        (PLAIN + "epochs: !!python/object/apply:os.getcwd []\n", ["YAML", "tags"]),
+        (PLAIN + "nfes: !!set {3, 4}\n", ["YAML", "tags"]),
+        (PLAIN + "epochs: 3\nepochs: 4\n", ["YAML", "'epochs'", "twice"]),
+        (PLAIN + "presets: {quick: {epochs: 3, epochs: 4}}\n", ["YAML", "'epochs'", "twice"]),
+        (PLAIN + "a: &a [1]\nnfes: *a\n", ["YAML", "aliases"]),
+        (LAUGHS, ["YAML", "aliases"]),
+        (PLAIN + "nfes: " + 10_000 * "[" + "\n", ["YAML"]),
+        (PLAIN + "nfes: " + 10_000 * "[" + 10_000 * "]", ["YAML"]),
+        (PLAIN + "nfes: " + 10_000 * "{a: " + "\n", ["YAML"]),
+        (PLAIN + r'distance: "\U7fffffff"', ["YAML", "character"]),
+        (PLAIN + r'distance: "\Uffffffff"', ["YAML", "character"]),
+        (PLAIN + "? [a]\n: 3\n", ["YAML"]),
+        (PLAIN + "x" * 900 + ": 3\n", ["setting", "'xxx"]),
+        (PLAIN + "nfes: [" + "3.5, " * 5000 + "]\n", ["nfes", "(3.5, 3.5"]),
+        (PLAIN + "distance: " + "x" * 5000, ["distance", "'xxx"]),
+        (PLAIN + "# " + "x" * 10**5, ["mine.yaml", "100,000 bytes"]),
     ],
+    ids=lambda value: value[:50] if isinstance(value, str) else "",
 )
 def test_a_wrong_params_file_is_refused_in_one_sentence(one_sentence, tmp_path, text, words):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with one_sentence("mine.yaml", *words):
+    with one_sentence("mine.yaml", *words) as info:
         read_params(path)
+    assert len(str(info.value)) < 1000
+
+
+def test_what_is_no_params_file_is_refused_in_one_sentence(one_sentence, tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")  # nobody writes to it: reading would wait for ever
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name in ("pipe.yaml", "zero.yaml", "."):
+        with one_sentence(str(tmp_path / name), "no file"):
+            read_params(tmp_path / name)
 
 
 def test_a_missing_or_binary_params_file_is_refused_in_one_sentence(one_sentence, tmp_path):
@@ -643,7 +695,10 @@ def test_command_line_keeps_the_solver_in_the_results_by_default(results, capsys
         (["--set", "lr=1"], ["setting", "lr_phi"]),
         (["--set", "lr_phi=1e-4"], ["lr_phi", "1.0e-04"]),
         (["--set", "epochs"], ["KEY=VALUE", "epochs"]),
-        (["--set", "epochs=[1"], ["epochs"]),
+        (["--set", "epochs=[1"], ["epochs", "YAML"]),
+        (["--set", "epochs=010"], ["epochs", "'010'"]),
+        (["--set", "epochs=!!int x"], ["'epochs'", "tags"]),
+        (["--set", "nfes=" + "[" * 9999], ["'nfes'", "YAML"]),
         (["--out", "{folder}"], ["{folder}"]),
         (["--out", "{file}/solver.json"], ["{file}"]),
     ],
