@@ -350,13 +350,7 @@ def run_loop(
             x, y = sent, sent / alpha[i]
         seen = scale[i] * x
         evaluation = denoiser(seen, t_model[i])
-        if not isinstance(evaluation, Tensor) or evaluation.shape != x.shape:
-            shape = getattr(evaluation, "shape", None)
-            found = type(evaluation).__name__ if shape is None else f"shape {tuple(shape)}"
-            raise UsageError(
-                f"the denoiser returned {found} for input {tuple(x.shape)}; it must return an "
-                "estimate of x_0, a tensor of the same shape"
-            )
+        _check_estimate(evaluation, x)
         if noise_form:
             evaluation = x_to_eps[i] * seen + D_to_eps[i] * evaluation
         evaluations = [evaluation, *evaluations]
@@ -367,6 +361,16 @@ def run_loop(
         y = step(i, b, 0)
         x = alpha[i + 1] * y
         sent = yield x
+
+
+def _check_estimate(D: Any, x: Tensor) -> None:
+    shape = getattr(D, "shape", None)
+    if not isinstance(D, Tensor) or shape != x.shape:
+        found = type(D).__name__ if shape is None else f"shape {tuple(shape)}"
+        raise UsageError(
+            f"the denoiser returned {found} for input {tuple(x.shape)}; it must return an "
+            "estimate of x_0, a tensor of the same shape"
+        )
 
 
 def solve(

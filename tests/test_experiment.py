@@ -116,6 +116,67 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(one_sentence, changed, wo
         Experiment(**values)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "settings"),
+    [
+        ("digits", {"schedule": "VPLinear"}),
+        ("digits", {"shape": [1, 16, 16]}),
+        ("digits", {"checkpoint": "cifar10_tiny_denoiser.safetensors"}),
+        ("cifar10_flow", {"schedule": "EDM"}),
+        ("cifar10", {"url": "https://nowhere.invalid/a.pkl"}),
+        ("mixture", {"shape": [3]}),
+    ],
+)
+def test_what_a_network_is_cannot_be_set(one_sentence, dataset, settings):
+    (name,) = settings
+    for make in (
+        lambda: Experiment(dataset, settings=settings),
+        lambda: s4s.load(dataset, **settings),
+    ):
+        with one_sentence(f"the {name} of {dataset} is", f"params/{dataset}.yaml"):
+            make()
+    own = load_params(dataset)
+    assert Experiment(dataset, settings={name: getattr(own, name)}).params == own
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:99", "cpu:x", 0.5])
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(one_sentence, device):
+    with one_sentence("unknown device", "cpu"):
+        s4s.load("digits", device)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": None}, {"seed": -1}, {"seed": 1000}, {"n_train": "20"}, {"n_valid": 0}]
+)
+def test_a_teacher_set_of_other_numbers_is_refused_in_one_sentence(one_sentence, mixture, wrong):
+    with one_sentence(*wrong):
+        s4s.make_teacher_set(mixture(), **wrong)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/s4s", "~nobody_at_all/results"])
+def test_results_that_cannot_be_kept_are_refused_before_the_work(
+    one_sentence, monkeypatch, tmp_path, place
+):
+    (tmp_path / "file").touch()
+    place = place if place[0] in "/~" else str(tmp_path / place)
+    monkeypatch.setenv("S4S_RESULTS", place)
+    monkeypatch.setattr(run_module, "_setup", None)
+    with one_sentence(place, "S4S_RESULTS"):
+        run(tiny())
+
+
+def test_results_know_home_and_lose_what_killed_writers_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("S4S_RESULTS", "~/kept")
+    folder = tiny().path().parent
+    assert folder == tmp_path / "kept" / "mixture"
+    for name in (".old.tmp", ".new.tmp"):
+        (folder / name).touch()
+    os.utime(folder / ".old.tmp", (0, 0))
+    tiny().path()
+    assert [p.name for p in folder.iterdir()] == [".new.tmp"]
+
+
 def test_lessons_refuse_a_model_that_is_not_of_the_plane_before_it_is_loaded(one_sentence):
     assert s4s.load_2d("mixture").shape == (2,)
     for dataset in ("digits", "ffhq"):  # the latter's checkpoint is not here
@@ -816,8 +877,14 @@ def test_a_sweep_is_every_combination_and_lists_what_no_seed_changes_once():
 
 
 def test_a_slip_in_a_sweep_is_one_sentence(one_sentence):
-    with one_sentence("unknown grid 'edn'"):
-        s4s.sweep(dataset="mixture", grid=["edm", "edn"], nfe=3)
+    for slip, words in (
+        ({"grid": ["edm", "edn"]}, "unknown grid 'edn'"),
+        ({"seed": [0, 1, 0]}, "seed must list each value once, not 0 twice"),
+        ({"nfe": ["4"]}, "nfe must be a whole number of at least 1, not '4'"),
+        ({"order": [0]}, "order must be a whole number of at least 1, not 0"),
+    ):
+        with one_sentence(words):
+            s4s.sweep(**{"dataset": "mixture", "nfe": 3, **slip})
 
 
 @pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"digits": 3}, 7, {"digitz": {}}])

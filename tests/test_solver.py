@@ -272,7 +272,7 @@ def test_unipc_equals_diffusers(toy, noise, schedule, name, nfe, order, variant,
 
 @quiet_oracle
 @on_diffusers_grids
-@pytest.mark.parametrize("nfe", [4, 7, 12])
+@pytest.mark.parametrize("nfe", [4, 7, 12, 15])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("prediction", ["data", "noise"])
 def test_dpm_solver_equals_diffusers(toy, noise, schedule, name, nfe, order, prediction):
@@ -283,9 +283,17 @@ def test_dpm_solver_equals_diffusers(toy, noise, schedule, name, nfe, order, pre
         **COMMON,
     )
     expected = diffusers_solution(oracle, toy(schedule), x_T, grid)
-    x_0 = solve(toy(schedule), x_T, dpm_solver_pp(grid, order, prediction), grid)
+    table = dpm_solver_pp(grid, order, prediction, lower_order_final=nfe < 15)
+    x_0 = solve(toy(schedule), x_T, table, grid)
     # diffusers computes each step in float32.
     torch.testing.assert_close(x_0, expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize(("nfe", "last"), [(3, 1), (9, 1), (10, 3), (20, 3)])
+@pytest.mark.parametrize("prediction", ["data", "noise"])
+def test_dpm_solver_lowers_its_order_below_ten_steps_as_its_authors_do(nfe, last, prediction):
+    used = dpm_solver_pp(time_logsnr(SD, nfe), 3, prediction).b.ne(0).sum(1).tolist()
+    assert used == [min(1 + i, 3, last + nfe - 1 - i) for i in range(nfe)]
 
 
 @quiet_oracle
