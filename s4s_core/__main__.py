@@ -6,14 +6,12 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-import yaml
-
-from .errors import UsageError
+from .errors import UsageError, shown
 from .experiments.experiment import DPM_SOLVER_V3, GRID_NAMES, LEARN, Experiment
 from .experiments.run import run
 from .learn import LearningDivergedError
 from .models.zoo import fetch_files
-from .params import FULL, Params, datasets, load_params, settings_for
+from .params import FULL, Params, datasets, load_params, read_yaml, settings_for
 from .published import SOLVERS
 
 _HELP = {
@@ -89,12 +87,9 @@ def _run(preset: str, out: str | None, **given) -> None:
 
 def _setting(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
-    try:
-        if equals and value:
-            return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        pass
-    raise UsageError(f"--set takes KEY=VALUE with a YAML value, not {text!r}")
+    if not (equals and value):
+        raise UsageError(f"--set takes KEY=VALUE with a YAML value, not {shown(text)}")
+    return key, read_yaml(value, f"the value of --set {shown(key)}")
 
 
 def _fetch(dataset: str) -> None:

@@ -1,6 +1,7 @@
 """Errors of one sentence, files written whole, progress bars: what every other module stands on."""
 
 import os
+import reprlib
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
@@ -17,13 +18,37 @@ class UsageError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+_short = reprlib.Repr()  # never walks through more of a value than it shows
+_short.maxlevel = 3
+_short.maxlist = _short.maxtuple = _short.maxdict = 12
+_short.maxstring = _short.maxother = _short.maxlong = 60
+
+
+def shown(value: object) -> str:
+    """Return a value as an error names it: its repr, in one line of at most 200 characters."""
+    try:
+        text = " ".join(_short.repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def require_whole(name: str, value: object, at_least: int) -> None:
+    """Raise UsageError unless `value` is an int, and no bool, of at least this size."""
+    if type(value) is not int or value < at_least:
+        raise UsageError(
+            f"{name} must be a whole number of at least {at_least}, not {shown(value)}"
+        )
+
+
 def choose(kind: str, name: object, allowed: Collection[str]) -> Any:
     """Return `allowed[name]`, or `name` itself if `allowed` is not a mapping.
 
     Raises UsageError, which lists the choices of this `kind`, if `name` is not among them.
     """
     if not isinstance(name, str) or name not in allowed:
-        raise UsageError(f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(allowed))}")
+        choices = ", ".join(sorted(allowed))
+        raise UsageError(f"unknown {kind} {shown(name)}; choose one of: {choices}")
     return allowed[name] if isinstance(allowed, dict) else name
 
 
@@ -36,25 +61,63 @@ def optional_import(packages: str, purpose: str) -> Iterator[None]:
         raise UsageError(f"{purpose} needs more packages: pip install {packages}") from None
 
 
+def read_file(path: str | Path, at_most: int) -> bytes:
+    """Return the content of a file of at most so many bytes.
+
+    Raises UsageError for one that is larger or cannot be read, and for what is no file: a folder,
+    or a pipe or a device, which never end.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no file")
+        with path.open("rb") as file:
+            content = file.read(at_most + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror})") from None
+    if len(content) > at_most:
+        raise UsageError(f"{path} has more than {at_most:,} bytes, which is too large to be right")
+    return content
+
+
+TEMPORARY = ".tmp"  # what the names of half-written files end in; they begin with a dot
+
+
+class CannotWriteError(UsageError, OSError):
+    """A file or folder that the system does not let be written, and why."""
+
+
+@contextmanager
+def writing(path: Path, remedy: str = "choose another place") -> Iterator[None]:
+    """Turn an OSError inside the block into a CannotWriteError, which names the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise CannotWriteError(f"cannot write {path} ({reason}): make room, or {remedy}") from None
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write `content` beside `path`, then rename: no reader ever meets half a file.
 
-    Several processes may write the same path; the last to finish wins, whole.
+    Several processes may write the same path; the last to finish wins, whole. Raises
+    CannotWriteError where the system does not let it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
+        os.close(handle)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's files are for the owner alone
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
 
 def halve_batch(size: int, what: str) -> int:

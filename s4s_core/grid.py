@@ -6,12 +6,24 @@ Published grids are functions of a noise schedule and a number of steps, by name
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import UsageError, choose
+from .errors import UsageError, choose, require_whole, shown
 from .schedule import NoiseSchedule, VPDiscrete
+
+
+def as_numbers(name: str, values: Any) -> Tensor:
+    """Return a tensor, an array or nested lists of numbers as a float64 tensor.
+
+    Raises UsageError, which calls it `name`, for anything else.
+    """
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise UsageError(f"{name} must be a rectangular list of numbers") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +38,8 @@ class TimeGrid:
              other than the step's may want x in the scale of that time: so the first call need not
              be wasted on noise (elsewhere "analytic first step")
 
-    Raises UsageError unless t falls strictly from schedule.T to schedule.t_min.
+    Lists and arrays become tensors. Raises UsageError unless t falls strictly from schedule.T to
+    schedule.t_min, and t_model stays between these.
     """
 
     schedule: NoiseSchedule
@@ -35,30 +48,36 @@ class TimeGrid:
     scale: Tensor = None  # type: ignore[assignment]  # ones by default
 
     def __post_init__(self):
-        if self.t_model is None:
-            object.__setattr__(self, "t_model", self.t)
+        object.__setattr__(self, "t", as_numbers("t", self.t))
+        t_model = self.t if self.t_model is None else as_numbers("t_model", self.t_model)
+        object.__setattr__(self, "t_model", t_model)
         t, t_model = self.t.detach(), self.t_model.detach()
         if t.ndim != 1 or len(t) < 2 or t.shape != t_model.shape:
             raise UsageError(
                 f"a grid needs the same N + 1 >= 2 times in t and t_model, not shapes "
                 f"{tuple(t.shape)} and {tuple(t_model.shape)}"
             )
-        if not (t.isfinite().all() and t_model.isfinite().all() and (t_model > 0).all()):
-            raise UsageError(f"grid times must be finite and positive, not {t_model.tolist()}")
-        if self.scale is None:
-            object.__setattr__(self, "scale", torch.ones_like(t[:-1]))
-        scale = self.scale.detach()
+        scale = torch.ones_like(t[:-1]) if self.scale is None else as_numbers("scale", self.scale)
+        object.__setattr__(self, "scale", scale)
+        scale = scale.detach()
         if scale.shape != t[1:].shape or not (scale.isfinite().all() and (scale > 0).all()):
             raise UsageError(
-                f"scale must be {len(t) - 1} finite numbers above 0, not {scale.tolist()}"
+                f"scale must be {len(t) - 1} finite numbers above 0, not {shown(scale.tolist())}"
             )
+        if not (t.isfinite().all() and t_model.isfinite().all()):
+            raise UsageError(f"grid times must be finite, not {shown(t_model.tolist())}")
         if not (t[1:] < t[:-1]).all():
-            raise UsageError(f"grid times must fall strictly, not {t.tolist()}")
-        ends = torch.tensor([self.schedule.T, self.schedule.t_min], dtype=t.dtype)
-        if not torch.allclose(t[[0, -1]], ends, rtol=1e-9):
+            raise UsageError(f"grid times must fall strictly, not {shown(t.tolist())}")
+        T, t_min = self.schedule.T, self.schedule.t_min
+        if not torch.allclose(t[[0, -1]], t.new_tensor([T, t_min]), rtol=1e-9):
             raise UsageError(
-                f"a grid for {self.schedule} must run from T = {self.schedule.T} to t_min = "
-                f"{self.schedule.t_min}, not from {t[0].item()} to {t[-1].item()}"
+                f"a grid for {self.schedule} must run from T = {T} to t_min = {t_min}, not from "
+                f"{t[0].item()} to {t[-1].item()}"
+            )
+        if t_model.max() > T * (1 + 1e-9) or t_model.min() < t_min * (1 - 1e-9):
+            raise UsageError(
+                f"the network's times must lie between T = {T} and t_min = {t_min}, not "
+                f"{shown(t_model.tolist())}"
             )
 
     @property
@@ -86,8 +105,7 @@ class TimeGrid:
 
 def grid_at(schedule: NoiseSchedule, nfe: int, times: Callable[[Tensor], Tensor]) -> TimeGrid:
     """Evaluate `times` at n/N, n = 0..N, and pin both ends, which rounding may have moved."""
-    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
-        raise UsageError(f"nfe must be a whole number of at least 1, not {nfe!r}")
+    require_whole("nfe", nfe, 1)
     t = times(torch.arange(nfe + 1, dtype=torch.float64) / nfe)
     t[0], t[-1] = schedule.T, schedule.t_min
     return TimeGrid(schedule, t)

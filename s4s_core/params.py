@@ -3,6 +3,9 @@
 params/<dataset>.yaml holds them for a data set, with the source of every value beside it.
 """
 
+import math
+import re
+import textwrap
 from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UsageError, choose
+from .errors import UsageError, choose, read_file, shown
 from .grid import GRIDS, VARIABLES
 from .objective import SMALLEST_SIDE
 from .published import SOLVERS
@@ -28,17 +31,18 @@ def setting(
     *,
     above: float | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
     choices: Collection[str] = (),
     of_the_model: bool = False,
 ) -> Any:
     """Return the dataclass field of a setting.
 
     about         what it is, and its unit
-    above, at_least  the lower bound of a number, or of every number of a list
+    above, at_least, at_most  the bounds of a number, or of every number of a list
     choices       the names that a text may be
     of_the_model  the model is built with it; other settings can change afterwards
     """
-    bounds = {"above": above, "at_least": at_least}
+    bounds = {"above": above, "at_least": at_least, "at_most": at_most}
     metadata = {"about": about, "choices": choices, "of_the_model": of_the_model, **bounds}
     return field(default=default, metadata=metadata)
 
@@ -108,7 +112,7 @@ class Params:
     consistent: bool = setting(False, "rows of b sum to 1")
     states: int = setting(0, "earlier states that a step may weigh; 0 is Eq. 5", at_least=0)
     grid_variable: str = setting("lam", "what App. E rescales", choices=VARIABLES)
-    offset_fraction: float = setting(0.5, "alpha of App. E.2, a share of the gap", at_least=0)
+    offset_fraction: float = setting(0.5, "alpha of E.2, a share of the gap", at_least=0, at_most=1)
     ld3_order: int = setting(3, "order of the solver that an ld3 grid is learned for", above=0)
     ld3_start: str = setting("logsnr", "grid that an ld3 grid starts from", choices=GRIDS)
     rematerialize: bool = setting(False, "compute activations again in the backward pass")
@@ -159,17 +163,19 @@ def _checked(f: Field, value: Any) -> Any:
     listed = f.type in kinds
     kind: Any = kinds[f.type] if listed else f.type
     if f.type is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**63 else math.inf
     if listed and isinstance(value, list):
         value = tuple(value)
     if listed and not (type(value) is tuple and all(type(v) is kind for v in value)):
         names = {int: "whole numbers", str: "addresses or paths"}
-        raise UsageError(f"{f.name} must list {names[kind]}, not {value!r}")
+        raise UsageError(f"{f.name} must list {names[kind]}, not {shown(value)}")
+    if listed and f.default is MISSING and not value:
+        raise UsageError(f"{f.name} must list at least one number")
     if not listed and type(value) is not kind:
         raise UsageError(_wrong_type(f.name, kind, value))
     if f.metadata["choices"]:
         choose(f.name, value, f.metadata["choices"])
-    above, at_least = f.metadata["above"], f.metadata["at_least"]
+    above, at_least, at_most = (f.metadata[n] for n in ("above", "at_least", "at_most"))
     for number in value if listed else [value]:
         if kind is int and abs(number) > 2**63:
             raise UsageError(f"{f.name} is far too large: it must be below 2^63")
@@ -179,18 +185,23 @@ def _checked(f: Field, value: Any) -> Any:
             raise UsageError(f"{f.name} must be above {above}, not {number}")
         if at_least is not None and not number >= at_least:
             raise UsageError(f"{f.name} must be at least {at_least}, not {number}")
+        if at_most is not None and not number <= at_most:
+            raise UsageError(f"{f.name} must be at most {at_most}, not {number}")
     return value
 
 
 def _wrong_type(name: str, expected: type, value: Any) -> str:
-    sentence = f"{name} must be of type {expected.__name__}, not {value!r}"
+    sentence = f"{name} must be of type {expected.__name__}, not {shown(value)}"
     if isinstance(value, str) and expected in (int, float):
         try:
             number = float(value)
         except ValueError:
             return sentence
-        # YAML 1.1 reads 1e-4, without a point, as text.
-        return f"{sentence}: write it as a number with a decimal point, {number:.1e}"
+        # YAML 1.1 reads 1e-4, without a point, as text, and 010 as 8, which is text here.
+        if expected is float and math.isfinite(number):
+            return f"{sentence}: write it as a number with a decimal point, {number:.1e}"
+        if expected is int and number.is_integer() and abs(number) < 2**53:
+            return f"{sentence}: write it in decimal digits, as in {number:.0f}"
     return sentence
 
 
@@ -231,7 +242,7 @@ def settings_for(
         if settings is not None and (name not in datasets() or not isinstance(own, dict)):
             raise UsageError(
                 f"settings must map datasets to settings, as in {{{dataset}: {{epochs: 3}}}}, not "
-                f"{settings!r}; datasets are {', '.join(datasets())}"
+                f"{shown(settings)}; datasets are {', '.join(datasets())}"
             )
     own = (settings or {}).get(dataset, {})
     return chosen | own | {k: v for k, v in single.items() if v is not None}
@@ -246,13 +257,68 @@ def _preset(dataset: str, presets: dict[str, dict], preset: str) -> dict:
     return choose(f"preset of {dataset}", preset, {FULL: {}, **presets})
 
 
+LARGEST_FILE = 10**5  # bytes of YAML; params/ has files of 4000
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's text, numbers, lists and mappings alone, in decimal digits, and each key once.
+
+    Aliases can stand for billions of values, and tags for values that no setting has.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(
+                problem="aliases and tags are not read here", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be a name", problem_mark=key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{shown(key.value)} is here twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 also reads 010 as 8, 1:30 as 90 and 2020-01-01 as a date; here these are text.
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] in ("bool", "null")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _form in {
+    "int": r"[-+]?(0|[1-9][0-9]{0,99})$",
+    "float": r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.(inf|nan))$",
+}.items():
+    _PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(_form), list("-+.0123456789")
+    )
+
+
+def read_yaml(text: str | bytes, source: str | Path) -> Any:
+    """Return the value of a YAML text of plain values; UsageError, naming its source, if none."""
+    try:
+        return yaml.load(text, _PlainLoader)
+    except yaml.YAMLError as error:
+        reason = textwrap.shorten(str(error), 300)
+    except RecursionError:
+        reason = "lists in lists without end"
+    except (ValueError, OverflowError):
+        reason = "it names a character that does not exist"
+    raise UsageError(f"{source} is not readable YAML ({reason})")
+
+
 def _read(path: str | Path) -> tuple[dict, dict[str, dict], str]:
     """Return the settings of a file, its presets, and the preset that notebooks take."""
-    try:
-        entries = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path} is not readable YAML ({reason})") from None
+    entries = read_yaml(read_file(path, LARGEST_FILE), path)
     if not isinstance(entries, dict):
         raise UsageError(f"{path} must be a YAML mapping from keys to values")
     presets, usual = entries.pop("presets", {}), entries.pop("preset", FULL)
@@ -264,7 +330,7 @@ def _read(path: str | Path) -> tuple[dict, dict[str, dict], str]:
                 raise UsageError(f"{name} is missing")
         for own in ({}, *presets.values()):
             if not isinstance(own, dict):
-                raise UsageError(f"a preset must map settings to values, not be {own!r}")
+                raise UsageError(f"a preset must map settings to values, not be {shown(own)}")
             for name in entries | own:
                 choose("setting", name, {f.name for f in fields(Params)})
             Params(**entries | own)

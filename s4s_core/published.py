@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UsageError, choose
+from .errors import UsageError, choose, require_whole, shown
 from .grid import TimeGrid
 from .schedule import EDM, NoiseSchedule, VPLinear
 from .solver import PREDICTIONS, Coefficients, SingleStepCoefficients
@@ -27,8 +27,7 @@ def step_orders(
     grid: TimeGrid, order: int, highest: int | None, lower_order_final: bool
 ) -> list[int]:
     """Return the order of each step: 1, 2, .., k, with lower_order_final back to 1 at the end."""
-    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-        raise UsageError(f"order must be a whole number of at least 1, not {order!r}")
+    require_whole("order", order, 1)
     if highest is not None and order > highest:
         raise UsageError(f"this solver is published up to order {highest}, not {order}")
     if order > grid.nfe:
@@ -88,16 +87,23 @@ def _steps(
     return zip(range(grid.nfe), orders, z, strict=True)
 
 
-def dpm_solver_pp(grid: TimeGrid, order: int = 3, prediction: str = "data") -> Coefficients:
+def dpm_solver_pp(
+    grid: TimeGrid,
+    order: int = 3,
+    prediction: str = "data",
+    lower_order_final: bool | None = None,
+) -> Coefficients:
     """Return multistep DPM-Solver++ of order 1-3 (Lu et al. 2022b); "noise": DPM-Solver (2022a).
 
-    As every public implementation ships it: the order falls towards the last step, and the
-    second-difference term of order 3 lacks a factor 2, so that its true order is 2.
+    The order falls towards the last step where `lower_order_final` says so. By default that is
+    below 10 steps, as in the authors' code; diffusers' limit is 15. As in both, the
+    second-difference term of order 3 lacks a factor 2, so that its true order is 2:
     `exponential_adams` is the exact row.
     """
+    lower = grid.nfe < 10 if lower_order_final is None else lower_order_final
     h = grid.lam.diff()
     rows: list[list[Any]] = []
-    for i, p, z in _steps(grid, order, 3, True, prediction):
+    for i, p, z in _steps(grid, order, 3, lower, prediction):
         if p == 1:
             rows.append([1.0])
             continue
@@ -248,7 +254,7 @@ def dpm_solver(grid: TimeGrid, order: int = 2, prediction: str = "noise") -> Sin
     choose("prediction form", prediction, PREDICTIONS)
     if order not in (2, 3) or isinstance(order, bool):
         raise UsageError(
-            f"order must be a whole number, 2 or 3 for single-step DPM-Solver, not {order!r}"
+            "order must be a whole number, 2 or 3 for single-step DPM-Solver, not " + shown(order)
         )
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     c = [0.0, 1 / 2] if order == 2 else [0.0, 1 / 3, 2 / 3]

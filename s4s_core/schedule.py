@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .errors import UsageError, choose
+from .errors import UsageError, choose, shown
 
 
 def _tensor(t: Tensor | float) -> Tensor:
@@ -155,6 +155,12 @@ class VPDiscrete(_Discrete):
     beta_end: float = 0.012
     levels: int = 1000
 
+    def __post_init__(self):
+        if type(self.levels) is not int or not 2 <= self.levels <= 10**6:
+            raise UsageError(
+                f"levels must be a whole number from 2 to 1000000, not {shown(self.levels)}"
+            )
+
     @classmethod
     def ldm(cls) -> "VPDiscrete":
         """Return the latent-diffusion constants for LSUN-Bedroom and ImageNet-256."""
@@ -237,15 +243,18 @@ def check_begins_in_noise(schedule: NoiseSchedule) -> None:
 def schedule_from_dict(entries: dict) -> NoiseSchedule:
     """Return the schedule that `NoiseSchedule.to_dict` wrote; UsageError for anything else."""
     if not isinstance(entries, dict):
-        raise UsageError(f"a noise schedule is a mapping with a name, not {entries!r}")
+        raise UsageError(f"a noise schedule is a mapping with a name, not {shown(entries)}")
     constants = dict(entries)
     cls = choose("noise schedule", constants.pop("name", None), SCHEDULES)
     for key, value in constants.items():
         choose(f"constant of {cls.__name__}", key, {f.name for f in fields(cls)})
         values = constants[key] = tuple(value) if isinstance(value, list) else value
         for number in values if isinstance(values, tuple) else [values]:
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                raise UsageError(f"{cls.__name__}.{key} must be a number, not {number!r}")
+            plain = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if not (plain and abs(number) < 1e100):  # larger whole numbers are no floats
+                raise UsageError(
+                    f"{cls.__name__}.{key} must be a number of moderate size, not {shown(number)}"
+                )
     schedule = cls(**constants)
     try:
         lam = schedule.lam(torch.linspace(schedule.T, schedule.t_min, 100, dtype=torch.float64))

@@ -18,14 +18,14 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .errors import UsageError, choose, write_atomically
-from .grid import TimeGrid
+from .errors import UsageError, choose, read_file, shown, write_atomically
+from .grid import TimeGrid, as_numbers
 from .schedule import NoiseSchedule, schedule_from_dict
 
 PREDICTIONS = ("noise", "data")
@@ -75,6 +75,7 @@ class Coefficients:
 
     def __post_init__(self):
         choose("prediction form", self.prediction, PREDICTIONS)
+        _convert(self, "multistep")
         if self.b.ndim < 2:
             raise UsageError(f"b must have shape (N, k), not {tuple(self.b.shape)}")
         N, k = self.b.shape[:2]
@@ -153,6 +154,7 @@ class SingleStepCoefficients:
 
     def __post_init__(self):
         choose("prediction form", self.prediction, PREDICTIONS)
+        _convert(self, "single_step")
         if self.b.ndim != 2:
             raise UsageError(f"b must have shape (N, k), not {tuple(self.b.shape)}")
         N, k = self.b.shape
@@ -165,7 +167,9 @@ class SingleStepCoefficients:
             raise UsageError("a weighs evaluations that do not exist yet")
         c = self.c.detach()
         if c[:, 0].any() or not (c.diff(dim=1) > 0).all() or not (c < 1).all():
-            raise UsageError(f"c must rise from 0 and stay below 1 in each row, not {c.tolist()}")
+            raise UsageError(
+                f"c must rise from 0 and stay below 1 in each row, not {shown(c.tolist())}"
+            )
 
     @property
     def order(self) -> int:
@@ -241,7 +245,12 @@ def consistent(coefficients: AnyTable) -> AnyTable:
     return replace(coefficients, b=b - excess * exists)
 
 
-# --- Published solvers as tables ------------------------------------------------------------
+def _convert(coefficients: Coefficients | SingleStepCoefficients, kind: str) -> None:
+    """Make float64 tensors of all tables that are there."""
+    optional = {f.name for f in fields(KINDS[kind]) if f.default is None}
+    for name in _tables(kind):
+        if (given := getattr(coefficients, name)) is not None or name not in optional:
+            object.__setattr__(coefficients, name, as_numbers(name, given))
 
 
 def _check_finite(name: str, table: Tensor) -> None:
@@ -344,13 +353,7 @@ def run_loop(
             x, y = sent, sent / alpha[i]
         seen = scale[i] * x
         evaluation = denoiser(seen, t_model[i])
-        if not isinstance(evaluation, Tensor) or evaluation.shape != x.shape:
-            shape = getattr(evaluation, "shape", None)
-            what = type(evaluation).__name__ if shape is None else f"shape {tuple(shape)}"
-            raise UsageError(
-                f"the denoiser returned {what} for input {tuple(x.shape)}; it must return an "
-                "estimate of x_0 of the same shape, as those of from_denoiser and its kin do"
-            )
+        _check_estimate(evaluation, x)
         if noise_form:
             evaluation = x_to_eps[i] * seen + D_to_eps[i] * evaluation
         evaluations = [evaluation, *evaluations]
@@ -361,6 +364,16 @@ def run_loop(
         y = step(i, b, 0)
         x = alpha[i + 1] * y
         sent = yield x
+
+
+def _check_estimate(D: Any, x: Tensor) -> None:
+    shape = getattr(D, "shape", None)
+    if not isinstance(D, Tensor) or shape != x.shape:
+        found = type(D).__name__ if shape is None else f"shape {tuple(shape)}"
+        raise UsageError(
+            f"the denoiser returned {found} for input {tuple(x.shape)}; it must return an "
+            "estimate of x_0, a tensor of the same shape"
+        )
 
 
 def solve(
@@ -379,7 +392,9 @@ class Solver:
 
     `provenance` says how it was made (dataset, checkpoint, teacher, settings, metrics); solvers
     that differ in nothing else are equal.
-    Raises UsageError if the table and the grid have different numbers of steps.
+    Raises UsageError if the table and the grid have different numbers of steps, or if the network
+    is called at a time that does not lie between the steps before and after. Learned times may
+    stand anywhere there and need not fall: neighbours are learned apart, and may meet or pass.
     """
 
     coefficients: Coefficients | SingleStepCoefficients
@@ -390,6 +405,14 @@ class Solver:
         rows, steps = len(self.coefficients.b), self.grid.nfe
         if rows != steps:
             raise UsageError(f"the table has {rows} rows but the grid has {steps} steps")
+        t, t_model = self.grid.t.detach(), self.grid.t_model.detach()
+        before, after = torch.cat([t[:1], t[:-1]]), torch.cat([t[1:], t[-1:]])
+        wrong = (t_model > before * (1 + 1e-9)) | (t_model < after * (1 - 1e-9))
+        for i in wrong.nonzero()[:1, 0].tolist():
+            raise UsageError(
+                f"the network's time t_model[{i}] = {t_model[i].item()} must lie between the steps "
+                f"around it, at {before[i].item()} and {after[i].item()}"
+            )
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, Solver):
@@ -423,9 +446,10 @@ class Solver:
         noise schedule, returns another shape, if x_T has the spread of another noise, or if the
         sample is not finite. Warns if the solver was learned for another model or guidance.
         """
+        x_T = x_T if isinstance(x_T, Tensor) else as_numbers("x_T", x_T)
         _check_noise(x_T, self.grid.schedule)
         learned_for, model = self.provenance.get("model"), getattr(denoiser, "model", None)
-        if learned_for and model and learned_for != model:
+        if isinstance(learned_for, dict) and model and learned_for != model:
             message = f"this solver was learned for {_told(learned_for)}, not for {_told(model)}"
             warnings.warn(message + ": a published one may draw better there", stacklevel=3)
         x = deque(self.trajectory(denoiser, x_T), maxlen=1).pop()
@@ -461,42 +485,40 @@ class Solver:
         """Return the solver that `to_dict` wrote; UsageError for anything that is no solver."""
         if not isinstance(entries, dict) or entries.get("format") != FORMAT:
             raise UsageError(f"not a solver: it must be a JSON object with format {FORMAT!r}")
-        if entries.get("version") == 1:
-            newer = {"kind": "multistep", "a": None, "l": None, "d": None, "scale": None}
-            entries = newer | entries
-        elif entries.get("version") == 2:
-            entries = {"scale": None} | entries
-        elif entries.get("version") != VERSION:
+        version = entries.get("version")
+        if type(version) is not int or version not in NEWER:
             raise UsageError(
-                f"solver of version {entries.get('version')!r}, but this package reads versions "
-                f"1 to {VERSION}: save it again with the package that is installed here"
+                f"solver of version {shown(version)}, but this package reads versions 1 to "
+                f"{VERSION}: save it again with the package that is installed here"
             )
-        kind = str(entries.get("kind"))
-        choose("kind of solver", kind, KINDS)
-        needed = {"prediction", "schedule", "t", "t_model", "scale", "provenance", *_tables(kind)}
-        missing = needed - set(entries)
-        if missing:
+        entries = NEWER[version] | entries
+        kind: Any = entries.get("kind")
+        made = choose("kind of solver", kind, KINDS)
+        needed = {"format", "version", "kind", "prediction", "schedule", "t", "t_model", "scale"}
+        needed |= {"provenance", *_tables(kind)}
+        if missing := needed - set(entries):
             raise UsageError(f"the solver lacks {', '.join(sorted(missing))}")
-        if not isinstance(entries["provenance"], dict):
-            raise UsageError(f"provenance must be an object, not {entries['provenance']!r}")
-        optional = {f.name for f in fields(KINDS[kind]) if f.default is None}
-        tables = {
-            n: None if n in optional and entries[n] is None else _numbers(n, entries[n])
-            for n in _tables(kind)
-        }
-        coefficients = KINDS[kind](**tables, prediction=entries["prediction"])
-        scale: Any = entries["scale"]
-        grid = TimeGrid(
-            schedule_from_dict(cast(dict, entries["schedule"])),
-            _numbers("t", entries["t"]),
-            _numbers("t_model", entries["t_model"]),
-            None if scale is None else _numbers("scale", scale),  # type: ignore[arg-type]
-        )
+        for name in entries:
+            choose("entry of a solver", name, needed)
+        _check_provenance(entries["provenance"])
+        tables = {name: entries[name] for name in _tables(kind)}
+        schedule = schedule_from_dict(entries["schedule"])
+        grid = TimeGrid(schedule, entries["t"], entries["t_model"], entries["scale"])
+        coefficients = made(**tables, prediction=entries["prediction"])
         return cls(coefficients, grid, entries["provenance"])
 
     def save(self, path: str | Path) -> None:
-        """Write the solver as a readable JSON file, whole or not at all."""
-        write_atomically(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        """Write the solver as a readable JSON file, whole or not at all.
+
+        Raises UsageError where it cannot be written, or if `load` would not read it.
+        """
+        _check_provenance(self.provenance)
+        content = (json.dumps(self.to_dict(), indent=1) + "\n").encode()
+        if len(content) > LARGEST_FILE:
+            raise UsageError(
+                f"{path}: a solver file of more than {LARGEST_FILE:,} bytes is not read"
+            )
+        write_atomically(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> "Solver":
@@ -505,12 +527,15 @@ class Solver:
         Raises UsageError, naming the file, if it is missing, truncated, of another version, or
         does not hold a valid solver. The file is data: nothing in it is executed.
         """
+        content = read_file(path, LARGEST_FILE)
         try:
-            return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+            return cls.from_dict(json.loads(content.decode()))
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
-        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
+        except json.JSONDecodeError as error:
             raise UsageError(f"{path} is not a readable solver file ({error})") from None
+        except (ValueError, RecursionError):  # not UTF-8, endless digits, endless lists in lists
+            raise UsageError(f"{path} is not a readable solver file: it is no plain JSON") from None
 
 
 def _check_noise(x_T: Tensor, schedule: NoiseSchedule) -> None:
@@ -526,14 +551,21 @@ def _check_noise(x_T: Tensor, schedule: NoiseSchedule) -> None:
         )
 
 
-def _told(model: Any) -> str:
+def _told(model: dict[str, Any]) -> str:
     """A model in a few words."""
-    name, guidance, weights = (dict(model).get(n) for n in ("name", "guidance", "weights"))
-    digest = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{str(name)[:80]} (guidance {guidance}, weights {digest})"
+    digest = hashlib.sha256(json.dumps(model.get("weights"), sort_keys=True).encode()).hexdigest()
+    known = f"guidance {shown(model.get('guidance'))}, weights {digest[:8]}"
+    return f"{shown(model.get('name'))} ({known})"
 
 
 FORMAT, VERSION = "s4s-solver", 3
+# What files of each version lack.
+NEWER: dict[int, dict[str, Any]] = {
+    1: {"kind": "multistep", "a": None, "l": None, "d": None, "scale": None},
+    2: {"scale": None},
+    VERSION: {},
+}
+LARGEST_FILE, LARGEST_PROVENANCE = 2**27, 10**6  # bytes; tables of each pixel take megabytes
 KINDS = {"multistep": Coefficients, "single_step": SingleStepCoefficients}
 
 
@@ -541,9 +573,16 @@ def _tables(kind: str) -> list[str]:
     return [f.name for f in fields(KINDS[kind]) if f.name != "prediction"]
 
 
-def _numbers(name: str, values: Any) -> Tensor:
-    """A float64 tensor from nested lists of JSON numbers."""
+def _check_provenance(provenance: Any) -> None:
+    """Raise UsageError unless this is a JSON object of moderate size."""
+    if not isinstance(provenance, dict):
+        raise UsageError(f"provenance must be an object, not {shown(provenance)}")
     try:
-        return torch.tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise UsageError(f"{name} must be a rectangular list of numbers") from None
+        size = len(json.dumps(provenance))
+    except (TypeError, ValueError, RecursionError):
+        raise UsageError(
+            "provenance must consist of what JSON has: objects, lists, text, numbers, true, false "
+            "and null"
+        ) from None
+    if size > LARGEST_PROVENANCE:
+        raise UsageError(f"provenance has {size:,} characters, more than {LARGEST_PROVENANCE:,}")

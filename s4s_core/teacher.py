@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UsageError, halve_batch, progress
+from .errors import UsageError, halve_batch, progress, require_whole
 from .schedule import check_begins_in_noise
 from .setup import Setup
 from .solver import Solver
@@ -89,12 +89,15 @@ def make_teacher_set(
     """
     n_train = setup.params.n_train if n_train is None else n_train
     n_valid = setup.params.n_valid if n_valid is None else n_valid
-    if min(n_train, n_valid) < 1 or n_train + n_valid > SEEDS_PER_SET:
+    require_whole("n_train", n_train, 1)
+    require_whole("n_valid", n_valid, 1)
+    require_whole("seed", seed, 0)
+    if n_train + n_valid > SEEDS_PER_SET:
         raise UsageError(
-            f"n_train and n_valid must be at least 1 and together at most {SEEDS_PER_SET}, "
-            f"not {n_train} and {n_valid}"
+            f"n_train and n_valid must be together at most {SEEDS_PER_SET}, not {n_train} and "
+            f"{n_valid}"
         )
-    if not 0 <= seed < SEED_LIMIT:
+    if seed >= SEED_LIMIT:
         raise UsageError(f"the seed of a teacher set must be 0 to {SEED_LIMIT - 1}, not {seed}")
     first = SEEDS_PER_SET * (seed + 1)
     seeds = range(first, first + n_train + n_valid)

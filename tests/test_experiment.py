@@ -107,6 +107,9 @@ def test_a_setting_of_none_leaves_the_one_in_the_file():
         ({"settings": {"lr_xi": float("nan")}}, ["lr_xi", "finite"]),
         ({"settings": {"distance": "ssim"}}, ["distance", "'ssim'", "l2", "lpips"]),
         ({"settings": {"rematerialize": 1}}, ["rematerialize", "bool"]),
+        ({"settings": {"epochs": 10**30}}, ["epochs", "2^63"]),
+        ({"settings": {"epochs": 10**5000}}, ["epochs", "2^63"]),
+        ({"settings": {"lr_phi": 10**400}}, ["lr_phi", "finite"]),
         ({"settings": [("epochs", 3)]}, ["settings"]),
     ],
 )
@@ -114,6 +117,67 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(one_sentence, changed, wo
     values = {"dataset": "mixture", "nfe": 4, "order": 2, "learn": "coefficients", **changed}
     with one_sentence(*words):
         Experiment(**values)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings"),
+    [
+        ("digits", {"schedule": "VPLinear"}),
+        ("digits", {"shape": [1, 16, 16]}),
+        ("digits", {"checkpoint": "cifar10_tiny_denoiser.safetensors"}),
+        ("cifar10_flow", {"schedule": "EDM"}),
+        ("cifar10", {"url": "https://nowhere.invalid/a.pkl"}),
+        ("mixture", {"shape": [3]}),
+    ],
+)
+def test_what_a_network_is_cannot_be_set(one_sentence, dataset, settings):
+    (name,) = settings
+    for make in (
+        lambda: Experiment(dataset, settings=settings),
+        lambda: s4s.load(dataset, **settings),
+    ):
+        with one_sentence(f"the {name} of {dataset} is", f"params/{dataset}.yaml"):
+            make()
+    own = load_params(dataset)
+    assert Experiment(dataset, settings={name: getattr(own, name)}).params == own
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:99", "cpu:x", 0.5])
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(one_sentence, device):
+    with one_sentence("unknown device", "cpu"):
+        s4s.load("digits", device)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": None}, {"seed": -1}, {"seed": 1000}, {"n_train": "20"}, {"n_valid": 0}]
+)
+def test_a_teacher_set_of_other_numbers_is_refused_in_one_sentence(one_sentence, mixture, wrong):
+    with one_sentence(*wrong):
+        s4s.make_teacher_set(mixture(), **wrong)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/s4s", "~nobody_at_all/results"])
+def test_results_that_cannot_be_kept_are_refused_before_the_work(
+    one_sentence, monkeypatch, tmp_path, place
+):
+    (tmp_path / "file").touch()
+    place = place if place[0] in "/~" else str(tmp_path / place)
+    monkeypatch.setenv("S4S_RESULTS", place)
+    monkeypatch.setattr(run_module, "_setup", None)
+    with one_sentence(place, "S4S_RESULTS"):
+        run(tiny())
+
+
+def test_results_know_home_and_lose_what_killed_writers_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("S4S_RESULTS", "~/kept")
+    folder = tiny().path().parent
+    assert folder == tmp_path / "kept" / "mixture"
+    for name in (".old.tmp", ".new.tmp"):
+        (folder / name).touch()
+    os.utime(folder / ".old.tmp", (0, 0))
+    tiny().path()
+    assert [p.name for p in folder.iterdir()] == [".new.tmp"]
 
 
 def test_lessons_refuse_a_model_that_is_not_of_the_plane_before_it_is_loaded(one_sentence):
@@ -127,6 +191,11 @@ def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
     assert datasets() == sorted(datasets()) and {"digits", "mixture"} <= set(datasets())
     with one_sentence("dataset", "'ffhqq'", *datasets()):
         s4s.load("ffhqq")
+
+
+PLAIN = "schedule: EDM\nshape: [2]\n"
+LAUGHS = PLAIN + "a0: &a0 [1]\n"
+LAUGHS += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 
 
 @pytest.mark.parametrize(
@@ -148,13 +217,57 @@ def test_an_unknown_dataset_is_refused_by_load_in_one_sentence(one_sentence):
         ("schedule: [EDM\nshape: {2", ["YAML"]),
         ("schedule:\tEDM\n\tshape: [2]\n", ["YAML"]),
         ("schedule: EDM\nshape: [2]\n3: 4\n", ["setting", "3"]),
+        ("schedule: EDM\nshape: []\n", ["shape"]),
+        (PLAIN + "epochs: 010\n", ["epochs", "int", "'010'", "10"]),
+        (PLAIN + "epochs: 0x1F\n", ["epochs", "int", "'0x1F'"]),
+        (PLAIN + "epochs: 1_000\n", ["epochs", "int", "'1_000'", "1000"]),
+        (PLAIN + "epochs: 1:30\n", ["epochs", "int", "'1:30'"]),
+        (PLAIN + "lr_phi: 1:30.5\n", ["lr_phi", "float", "'1:30.5'"]),
+        (PLAIN + "epochs: 2020-13-45\n", ["epochs", "int", "'2020-13-45'"]),
+        (PLAIN + "epochs: 2020-12-24\n", ["epochs", "int", "'2020-12-24'"]),
+        (PLAIN + "epochs: 1" + 30 * "0", ["epochs", "2^63"]),
+        (PLAIN + "epochs: " + 5000 * "1", ["epochs", "int", "'111"]),
+        (PLAIN + "lr_phi: " + 5000 * "1" + ".0", ["lr_phi", "finite"]),
+        (PLAIN + "lr_phi: " + 90 * "1", ["lr_phi", "finite"]),
+        (PLAIN + "lr_phi: .nan\n", ["lr_phi", "finite"]),
+        (PLAIN + "offset_fraction: 1.5\n", ["offset_fraction", "at most 1"]),
+        (PLAIN + "epochs: !!bool x\n", ["YAML", "tags", "line 3"]),
+        (PLAIN + "epochs: !!int x\n", ["YAML", "tags"]),
+        (PLAIN + "epochs: !!timestamp abc\n", ["YAML", "tags"]),
+        (PLAIN + "epochs: !!binary aGk=\n", ["YAML", "tags"]),
+        (PLAIN + "epochs: !!python/object/apply:os.getcwd []\n", ["YAML", "tags"]),
+        (PLAIN + "nfes: !!set {3, 4}\n", ["YAML", "tags"]),
+        (PLAIN + "epochs: 3\nepochs: 4\n", ["YAML", "'epochs'", "twice"]),
+        (PLAIN + "presets: {quick: {epochs: 3, epochs: 4}}\n", ["YAML", "'epochs'", "twice"]),
+        (PLAIN + "a: &a [1]\nnfes: *a\n", ["YAML", "aliases"]),
+        (LAUGHS, ["YAML", "aliases"]),
+        (PLAIN + "nfes: " + 10_000 * "[" + "\n", ["YAML"]),
+        (PLAIN + "nfes: " + 10_000 * "[" + 10_000 * "]", ["YAML"]),
+        (PLAIN + "nfes: " + 10_000 * "{a: " + "\n", ["YAML"]),
+        (PLAIN + r'distance: "\U7fffffff"', ["YAML", "character"]),
+        (PLAIN + r'distance: "\Uffffffff"', ["YAML", "character"]),
+        (PLAIN + "? [a]\n: 3\n", ["YAML"]),
+        (PLAIN + "x" * 900 + ": 3\n", ["setting", "'xxx"]),
+        (PLAIN + "nfes: [" + "3.5, " * 5000 + "]\n", ["nfes", "(3.5, 3.5"]),
+        (PLAIN + "distance: " + "x" * 5000, ["distance", "'xxx"]),
+        (PLAIN + "# " + "x" * 10**5, ["mine.yaml", "100,000 bytes"]),
     ],
+    ids=lambda value: value[:50] if isinstance(value, str) else "",
 )
 def test_a_wrong_params_file_is_refused_in_one_sentence(one_sentence, tmp_path, text, words):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with one_sentence("mine.yaml", *words):
+    with one_sentence("mine.yaml", *words) as info:
         read_params(path)
+    assert len(str(info.value)) < 1000
+
+
+def test_what_is_no_params_file_is_refused_in_one_sentence(one_sentence, tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")  # nobody writes to it: reading would wait for ever
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name in ("pipe.yaml", "zero.yaml", "."):
+        with one_sentence(str(tmp_path / name), "no file"):
+            read_params(tmp_path / name)
 
 
 def test_a_missing_or_binary_params_file_is_refused_in_one_sentence(one_sentence, tmp_path):
@@ -704,7 +817,10 @@ def test_command_line_keeps_the_solver_in_the_results_by_default(results, capsys
         (["--set", "lr=1"], ["setting", "lr_phi"]),
         (["--set", "lr_phi=1e-4"], ["lr_phi", "1.0e-04"]),
         (["--set", "epochs"], ["KEY=VALUE", "epochs"]),
-        (["--set", "epochs=[1"], ["epochs"]),
+        (["--set", "epochs=[1"], ["epochs", "YAML"]),
+        (["--set", "epochs=010"], ["epochs", "'010'"]),
+        (["--set", "epochs=!!int x"], ["'epochs'", "tags"]),
+        (["--set", "nfes=" + "[" * 9999], ["'nfes'", "YAML"]),
         (["--out", "{folder}"], ["{folder}"]),
         (["--out", "{file}/solver.json"], ["{file}"]),
     ],
@@ -822,8 +938,14 @@ def test_a_sweep_is_every_combination_and_lists_what_no_seed_changes_once():
 
 
 def test_a_slip_in_a_sweep_is_one_sentence(one_sentence):
-    with one_sentence("unknown grid 'edn'"):
-        s4s.sweep(dataset="mixture", grid=["edm", "edn"], nfe=3)
+    for slip, words in (
+        ({"grid": ["edm", "edn"]}, "unknown grid 'edn'"),
+        ({"seed": [0, 1, 0]}, "seed must list each value once, not 0 twice"),
+        ({"nfe": ["4"]}, "nfe must be a whole number of at least 1, not '4'"),
+        ({"order": [0]}, "order must be a whole number of at least 1, not 0"),
+    ):
+        with one_sentence(words):
+            s4s.sweep(**{"dataset": "mixture", "nfe": 3, **slip})
 
 
 @pytest.mark.parametrize("settings", [{"gamma": 0.0}, {"digits": 3}, 7, {"digitz": {}}])

@@ -5,10 +5,13 @@ Any other is made again, and one line says so.
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..errors import UsageError, write_atomically
+from ..errors import TEMPORARY, UsageError, write_atomically, writing
 from ..params import PACKAGE
 from ..setup import Setup
 
@@ -27,7 +30,11 @@ def results_folder() -> Path:
     """Return where results are kept: $S4S_RESULTS, or `results/` in the checkout or folder."""
     root = PACKAGE.parent
     default = root if (root / "params").is_dir() else Path.cwd()
-    return Path(os.environ.get("S4S_RESULTS") or default / "results")
+    folder = Path(os.environ.get("S4S_RESULTS") or default / "results")
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise UsageError(f"S4S_RESULTS is {folder}, and there is no such user") from None
 
 
 # What a result is computed by; pictures, tables, downloads and notebooks do not change a number.
@@ -126,6 +133,25 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def cache_path(dataset: str, kind: str, config: dict[str, Any], suffix: str) -> Path:
-    """Return the file that a hash of `config` names."""
+    """Return the file that a hash of `config` names.
+
+    Where it is not there yet, its folder is made and tried: before the work, not after hours of
+    it. Raises UsageError if it cannot be written.
+    """
     digest = hashlib.sha256(_text(config).encode()).hexdigest()[:16]
-    return results_folder() / dataset / f"{kind}_{digest}.{suffix}"
+    path = results_folder() / dataset / f"{kind}_{digest}.{suffix}"
+    with writing(path.parent, "set S4S_RESULTS to another folder"):
+        if not path.exists():
+            _try_folder(path.parent)
+    return path
+
+
+def _try_folder(folder: Path) -> None:
+    """Make a folder, write to it, and delete what killed writers left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))
+    for path in folder.glob(f".*{TEMPORARY}"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - path.stat().st_mtime > 24 * 3600:  # no writer takes a day
+                path.unlink()

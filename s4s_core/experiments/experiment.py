@@ -9,12 +9,12 @@ from typing import Any
 
 from ..baselines.grid_search import dmn, gits_over
 from ..baselines.learned import learn_bns, learn_generalised
-from ..errors import UsageError, choose
+from ..errors import UsageError, choose, require_whole, shown
 from ..gauss_newton import learn_gauss_newton
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, learn_alternating, learn_coefficients, learn_jointly, learn_times
-from ..models.zoo import reference, weights
-from ..params import Params, datasets, load_params
+from ..models.zoo import params_for, reference, weights
+from ..params import Params, datasets
 from ..published import SOLVERS, count_steps
 from ..schedule import NAMED_SCHEDULES, VPDiscrete
 from ..setup import Setup
@@ -87,15 +87,11 @@ class Experiment:
         choose("solver", self.solver, [*SOLVERS, DPM_SOLVER_V3])
         choose("value of learn", self.learn, LEARN)
         for name, lowest in (("order", 1), ("nfe", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < lowest:
-                raise UsageError(
-                    f"{name} must be a whole number of at least {lowest}, not {value!r}"
-                )
+            require_whole(name, getattr(self, name), lowest)
         if self.seed >= SEED_LIMIT:
             raise UsageError(f"seed must be below {SEED_LIMIT}, not {self.seed}")
         if not isinstance(self.settings, dict):
-            raise UsageError(f"settings must be a mapping, not {self.settings!r}")
+            raise UsageError(f"settings must be a mapping, not {shown(self.settings)}")
         object.__setattr__(self, "settings", dict(self.settings))
         if self.order > self.nfe:
             raise UsageError(
@@ -146,7 +142,7 @@ class Experiment:
     @cached_property
     def params(self) -> Params:
         """The effective settings."""
-        return load_params(self.dataset).override(**self.settings)
+        return params_for(self.dataset, self.settings)
 
     def config(self) -> dict[str, Any]:
         """Return everything that the result depends on, as plain values; loads no network."""
@@ -185,8 +181,8 @@ def require_lists(**lists: Any) -> None:
         if not kinds or not (kinds <= {int, float} or kinds == {str}):
             raise UsageError(
                 f"{name} must be a list of whole numbers, of decimal numbers or of names, not "
-                f"{values!r}; with papermill write -y '{name}: [...]', since -p passes a list as "
-                "text"
+                f"{shown(values)}; with papermill write -y '{name}: [...]', since -p passes a list "
+                "as text"
             )
 
 
@@ -195,11 +191,14 @@ def sweep(settings: dict[str, Any] | None = None, **choices: Any) -> list[Experi
 
     A choice is a field's value or a list of values. Runs that do not depend on the seed (a
     published solver on a grid that is not learned) appear once, with the first seed. Raises
-    UsageError as Experiment does.
+    UsageError as Experiment does, and for a value that is listed twice.
     """
     for name in choices:
         choose("choice", name, {f.name for f in fields(Experiment)} - {"settings"})
     lists = {k: v if isinstance(v, list) else [v] for k, v in choices.items()}
+    for name, listed in lists.items():
+        if twice := [v for i, v in enumerate(listed) if v in listed[:i]]:
+            raise UsageError(f"{name} must list each value once, not {shown(twice[0])} twice")
     found = []
     for values in product(*lists.values()):
         experiment = Experiment(**dict(zip(lists, values, strict=True)), settings=settings or {})

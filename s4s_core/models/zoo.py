@@ -21,7 +21,7 @@ from ..denoiser import (
     of_model,
     rescheduled,
 )
-from ..errors import UsageError, choose
+from ..errors import UsageError, choose, shown
 from ..evaluate import FeatureStatistics, FeatureSums
 from ..params import PACKAGE, Params, load_params
 from ..schedule import EDM, NAMED_SCHEDULES
@@ -56,14 +56,43 @@ def load(dataset: str = "digits", device: str | None = None, **settings: Any) ->
     `settings` replace entries of params/ by name. Raises UsageError, which lists the choices, for
     an unknown dataset or setting.
     """
-    return build(dataset, load_params(dataset).override(**settings), device)
+    return build(dataset, params_for(dataset, settings), device)
+
+
+def params_for(dataset: str, settings: dict[str, Any]) -> Params:
+    """Return the settings of a dataset in params/, those given replaced.
+
+    Raises UsageError for a setting that says what the network is, such as its noise schedule: with
+    another one its samples would be wrong. Latents may have any size, and the mixture, which is
+    exact, any schedule.
+    """
+    own = load_params(dataset)
+    params = own.override(**settings)
+    fixed = {"schedule", "shape", "checkpoint", "url"}
+    fixed -= {"shape"} if dataset in _LATENT_MODELS else set()
+    fixed -= {"schedule"} if not (own.checkpoint or own.url) else set()
+    for name in sorted(fixed):
+        if (given := getattr(params, name)) != getattr(own, name):
+            raise UsageError(
+                f"the {name} of {dataset} is {shown(getattr(own, name))}, as its network knows it, "
+                f"not {shown(given)}: leave {name} out, or change params/{dataset}.yaml if its "
+                "network is another"
+            )
+    return params
 
 
 def build(dataset: str, params: Params, device: str | None = None) -> Setup:
-    """Return the setup of a dataset with these settings, on `device` (the GPU if there is one)."""
+    """Return the setup of a dataset with these settings, on `device` (the GPU if there is one).
+
+    Raises UsageError for a device that is not there.
+    """
     model = choose("dataset", dataset, _MODELS)
+    # Not mps: it has no float64.
+    gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    there = ["cpu", *(gpus if torch.cuda.is_available() else [])]
+    device = choose("device", device or default_device(), there)
     paths = model.files(dataset, params)
-    setup = model.build(dataset, paths, params, device or default_device())
+    setup = model.build(dataset, paths, params, device)
     setup = replace(setup, weights=_weights(model, paths))
     if params.guidance != 1 and setup.condition is None:
         raise UsageError(
