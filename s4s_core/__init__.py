@@ -24,6 +24,7 @@ from .denoiser import (
     rescheduled,
 )
 from .deploy.compiled import CompiledSolver, compile_solver
+from .deploy.family import SolverFamily
 from .errors import UsageError, choose, progress
 from .evaluate import (
     FeatureStatistics,

@@ -17,6 +17,7 @@ from s4s_core import (
     LearnedGrid,
     RectifiedFlow,
     Solver,
+    SolverFamily,
     TimeGrid,
     VPDiscrete,
     VPLinear,
@@ -245,3 +246,51 @@ def test_a_damaged_compiled_file_is_told_in_one_sentence(noise, one_sentence, tm
     path.write_text(json.dumps(changed if damage == "no object" else entries))
     with one_sentence(str(path), *words):
         CompiledSolver.load(path)
+
+
+def family_of(*nfes):
+    grids = [s4s.time_logsnr(VPDiscrete(), nfe) for nfe in nfes]
+    return SolverFamily(Solver(s4s.dpm_solver_pp(grid, 2), grid) for grid in grids)
+
+
+def test_a_family_is_one_file_for_several_numbers_of_calls(tmp_path, one_sentence):
+    family = family_of(6, 4, 5)
+    family.save(tmp_path / "family.json")
+    again = SolverFamily.load(tmp_path / "family.json")
+    assert again == family and again.nfes == [4, 5, 6] and again[5].nfe == 5
+    with one_sentence("7 network calls", "4, 5, 6"):
+        again[7]
+    again[5].save(tmp_path / "solver.json")
+    assert SolverFamily.load(tmp_path / "solver.json") == SolverFamily([again[5]])
+
+
+FAMILY_FAULTS = {
+    "none": (lambda: SolverFamily([]), ["at least one"]),
+    "twice": (lambda: family_of(4, 5, 4), ["4 network calls", "not 2"]),
+    "schedules": (
+        lambda: SolverFamily([*family_of(4).solvers, solver_on(EDM(), 5)]),
+        ["share one noise schedule", "EDM", "5 network calls"],
+    ),
+    "format": (lambda: SolverFamily.from_dict({"format": "x"}), ["no solver", "s4s-family"]),
+    "no object": (lambda: SolverFamily.from_dict([]), ["no solver", "s4s-solver"]),
+    "version": (lambda: from_family(version=0), ["version 0", "reads version 1"]),
+    "unknown": (lambda: from_family(extra=1), ["format, version and solvers", "extra"]),
+    "no list": (lambda: from_family(solvers={}), ["solvers (a list)"]),
+    "no solver": (lambda: from_family(solvers=[{}]), ["not a solver"]),
+}
+
+
+def solver_on(schedule, nfe):
+    grid = s4s.time_logsnr(schedule, nfe)
+    return Solver(s4s.ddim(grid), grid)
+
+
+def from_family(**changes):
+    return SolverFamily.from_dict(family_of(4).to_dict() | changes)
+
+
+@pytest.mark.parametrize("fault", FAMILY_FAULTS)
+def test_what_is_no_family_is_told_in_one_sentence(one_sentence, fault):
+    make, words = FAMILY_FAULTS[fault]
+    with one_sentence(*words):
+        make()
