@@ -25,6 +25,7 @@ from .denoiser import (
 )
 from .deploy.compiled import CompiledSolver, compile_solver
 from .deploy.family import SolverFamily
+from .deploy.install import install, make_scheduler, save_pipeline
 from .errors import UsageError, choose, progress
 from .evaluate import (
     FeatureStatistics,

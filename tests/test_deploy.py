@@ -1,9 +1,9 @@
 """Solvers as numbers alone: equal to the loop, read back, and refused where they do not fit."""
 
 import json
-import subprocess
-import sys
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from s4s_core import (
     compile_solver,
 )
 
+ROOT = Path(__file__).parent.parent
 N = 6
 LEVELS = tuple(torch.linspace(0.9999, 0.005, 100, dtype=torch.float64).tolist())
 SCHEDULES = {
@@ -114,27 +115,18 @@ def test_numbers_alone_sample_as_the_solver_does(noise, family, schedule, predic
     assert compiled.init_noise_sigma == levels.sigma(levels.T)
 
 
-def test_a_file_runs_without_the_package(noise, tmp_path):
+def test_a_file_runs_in_the_loop_of_the_readme(noise, tmp_path, monkeypatch):
     solver = solver_of("corrector", VPDiscrete(), noise)
     compiled = compile_solver(solver, "v_prediction")
-    compiled.save(tmp_path / "solver.json")
-    assert CompiledSolver.load(tmp_path / "solver.json") == compiled
+    compiled.save(tmp_path / "compiled.json")
+    assert CompiledSolver.load(tmp_path / "compiled.json") == compiled
     assert compiled.provenance == {"guidance": 7.5}
-    script = """
-import json, math
-c = json.load(open("solver.json"))
-x = x_T = 0.7 * c["init_noise_sigma"]
-outs = []
-for t, scale, (a, *b) in zip(c["timesteps"], c["scale"], c["table"]):
-    outs.append(math.tanh(0.7 * scale * x + 0.3 + 0.2 * math.sin(t)))
-    x = a * x_T + sum(w * out for w, out in zip(b, outs))
-print(x)
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    x = compiled.sample(network, np.array(0.7 * compiled.init_noise_sigma))
-    assert float(found.stdout) == pytest.approx(float(x), rel=1e-14)
+    (loop,) = re.findall(r"```py\n(c = .*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    names = {"json": json, "noise": noise(0, 5, 3).numpy(), "network": network}
+    exec(loop, names)
+    x = compiled.sample(network, compiled.init_noise_sigma * names["noise"])
+    np.testing.assert_allclose(names["x"], x, rtol=1e-14)
 
 
 def test_the_table_tells_methods_apart_and_finds_the_same_again(noise):
