@@ -9,6 +9,7 @@ import time
 from dataclasses import fields, replace
 
 import pytest
+import safetensors.torch
 import torch
 
 import s4s_core as s4s
@@ -28,8 +29,10 @@ from s4s_core import (
 from s4s_core import params as params_module
 from s4s_core import schedule as schedule_module
 from s4s_core.__main__ import main
+from s4s_core.experiments import cache as cache_module
 from s4s_core.experiments import experiment, tables
 from s4s_core.experiments import run as run_module
+from s4s_core.models import zoo
 from s4s_core.params import Params
 
 TINY = {
@@ -443,8 +446,32 @@ def test_whatever_changes_the_result_changes_its_file(monkeypatch):
     ]
     paths = {e.path() for e in experiments}
     assert len(paths) == len(experiments)
-    monkeypatch.setattr(experiment, "__version__", "0.0.0")
-    assert tiny().path() not in paths
+    for name in ("method", "reference"):  # the code that computes, and the real data
+        monkeypatch.setattr(experiment, name, lambda *_: "another")
+        assert tiny().path() not in paths
+        paths.add(tiny().path())
+
+
+def test_the_method_is_its_code_and_not_its_comments(tmp_path, monkeypatch):
+    def hashed(text: str) -> str:
+        (tmp_path / "solver.py").write_text(text)
+        cache_module.method.cache_clear()
+        return cache_module.method()
+
+    monkeypatch.setattr(cache_module, "PACKAGE", tmp_path)
+    plain = hashed('def step(h):\n    """Return it."""\n    return 2 * h\n')
+    assert plain == hashed('def step(h):\n    """Return twice h."""\n    return 2 * h  # twice\n')
+    assert plain != hashed('def step(h):\n    """Return it."""\n    return 3 * h\n')
+    cache_module.method.cache_clear()
+
+
+def test_the_statistics_of_the_data_are_part_of_the_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    params, hashes = load_params("ecg"), set()
+    for content in (b"some", b"other"):
+        (tmp_path / "ecg_reference.safetensors").write_bytes(content)
+        hashes.add(zoo.reference("ecg", params))
+    assert len(hashes) == 2 and zoo.reference("digits", load_params("digits")) == ""
 
 
 CHANGED = {
@@ -484,37 +511,71 @@ def test_a_changed_setting_is_a_new_result(results):
     assert third.distance_to_teacher != first.distance_to_teacher
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "object", "list", "binary", "older"])
-def test_a_damaged_result_is_computed_again(damage, capsys):
+def edited(**changes):
+    """What makes of a result's bytes the same with some entries changed."""
+    return lambda content: json.dumps(json.loads(content) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: b"{}",
+        lambda content: b"[]",
+        lambda content: b"\xff\x00\xfe",
+        lambda content: b"[" * 100_000,
+        edited(frechet=0.001),
+        edited(frechet="abc"),
+        edited(frechet=None),
+        edited(history=5),
+        edited(sha256="0" * 64),
+        lambda content: run(tiny(nfe=5)) and tiny(nfe=5).path().read_bytes(),
+    ],
+)
+def test_a_result_that_is_not_what_was_written_is_computed_again(damage, capsys):
     first, path = run(tiny()), tiny().path()
-    whole = path.read_bytes()
-    entries = json.loads(whole)
-    del entries["n_samples"]
-    path.write_bytes(
-        {
-            "empty": b"",
-            "half": whole[: len(whole) // 2],
-            "object": b"{}",
-            "list": b"[]",
-            "binary": b"\xff\x00\xfe",
-            "older": json.dumps(entries).encode(),
-        }[damage]
-    )
+    path.write_bytes(damage(path.read_bytes()))
     again = run(tiny())
     assert again.solver == first.solver and again.frechet == first.frechet
-    assert json.loads(path.read_bytes())["solver"] == entries["solver"]
-    warning = capsys.readouterr().err
-    assert str(path) in warning and "computing it again" in warning
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert str(path) in line and "computing it again" in line
+    assert run(tiny()) == again  # what was written now is believed
 
 
-def test_damaged_teacher_data_are_computed_again(results):
+@pytest.mark.parametrize("kind", ["teacher_set", "teacher_samples", "teacher_sums"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors: {name: tensor * 0 for name, tensor in tensors.items()},
+        lambda tensors: {name: tensor[:1] for name, tensor in tensors.items() if tensor.ndim},
+        lambda tensors: {name: tensor.float() for name, tensor in tensors.items()},
+        lambda tensors: {f"{name}_": tensor for name, tensor in tensors.items()},
+        None,
+    ],
+)
+def test_teacher_data_that_are_not_what_was_written_are_computed_again(
+    results, kind, damage, capsys
+):
     first = run(tiny())
-    for path in results.rglob("*.safetensors"):
+    (path,) = results.rglob(f"{kind}_*")
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if damage is None:
         path.write_bytes(path.read_bytes()[:-100])
+    else:
+        wrong = damage(safetensors.torch.load(path.read_bytes()))
+        path.write_bytes(safetensors.torch.save(wrong, metadata))
     tiny().path().unlink()
     again = run(tiny())
-    assert again.solver == first.solver
-    assert again.distance_to_teacher == first.distance_to_teacher
+    assert (again.solver, again.blocks) == (first.solver, first.blocks)
+    assert str(path) in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_a_result_is_told_in_one_sentence(one_sentence):
+    tiny().path().mkdir(parents=True)
+    with one_sentence(str(tiny().path()), "remove it"):
+        run(tiny())
 
 
 def script(results, code: str, *arguments: str, **options) -> subprocess.Popen:

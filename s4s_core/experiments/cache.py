@@ -1,9 +1,16 @@
-"""Where results are kept: files named by a hash of everything that they depend on."""
+"""Where results are kept: files named by a hash of everything that they depend on.
 
+A file is believed if it holds the configuration that is asked for and a hash of its own contents.
+Any other is made again, and one line says so.
+"""
+
+import ast
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from .. import __version__
-from ..errors import write_atomically
+from ..errors import UsageError, write_atomically
 from ..params import PACKAGE
 from ..setup import Setup
 
@@ -24,29 +30,102 @@ def results_folder() -> Path:
     return Path(os.environ.get("S4S_RESULTS") or default / "results")
 
 
+# What a result is computed by; pictures, tables, downloads and notebooks do not change a number.
+_METHOD = ("[a-z]*.py", "baselines/*.py", "models/mixture.py", "models/networks/*.py")
+_METHOD += ("models/inception.py", "models/zoo.py", "experiments/run.py")
+
+
+@cache
+def method() -> str:
+    """Return a hash of the code that computes results, without its comments and docstrings."""
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in _METHOD for p in PACKAGE.glob(pattern)):
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(
+                node
+            ):
+                node.body[:1] = []
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:16]
+
+
 def cached_tensors(
     setup: Setup, kind: str, config: dict[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Return the tensors that `make` makes, from their file if it is there and readable."""
+    """Return the tensors that `make` makes, from their file if there is a sound one."""
     config = {
         **config,
         "kind": kind,
         "teacher": setup.teacher.to_dict(),
-        "guidance": setup.params.guidance,
         "precision": setup.params.precision,
-        "weights": setup.weights,
-        "version": __version__,
+        "model": setup.model,
+        "method": method(),
     }
     path = cache_path(setup.name, kind, config, "safetensors")
+    if (content := read_cached(path)) is not None:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                told = file.metadata() or {}
+            tensors = safetensors.torch.load(content)
+            if told.get("config") == _text(config) and told.get("sha256") == _digest(tensors):
+                return tensors
+            reason = "it holds other numbers than were written"
+        except (safetensors.SafetensorError, OSError) as error:
+            reason = str(error)
+        say_again(path, reason)
+    tensors = make()
+    metadata = {"config": _text(config), "sha256": _digest(tensors)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    return tensors
+
+
+def read_cached(path: Path) -> bytes | None:
+    """Return the contents of a file, or None if there is none.
+
+    Raises UsageError for what stands in its place and is no file that can be read.
+    """
     try:
-        return safetensors.torch.load(path.read_bytes())
-    except (FileNotFoundError, safetensors.SafetensorError):
-        tensors = make()
-        write_atomically(path, safetensors.torch.save(tensors))
-        return tensors
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(
+            f"{path} should be a cached result and cannot be read ({error.strerror}): remove it"
+        ) from None
+
+
+def say_again(path: Path, reason: str) -> None:
+    """Tell in one line that a cached file is not believed."""
+    print(f"{path} is not believed ({reason:.200}): computing it again", file=sys.stderr)
+
+
+def sealed(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON entries with a hash of themselves, which `is_sealed` checks."""
+    return {**entries, "sha256": hashlib.sha256(_text(entries).encode()).hexdigest()}
+
+
+def is_sealed(entries: Any) -> bool:
+    """Whether these are the entries that `sealed` returned."""
+    if not isinstance(entries, dict):
+        return False
+    rest = {k: v for k, v in entries.items() if k != "sha256"}
+    return entries.get("sha256") == sealed(rest)["sha256"]
+
+
+def _text(config: Any) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def cache_path(dataset: str, kind: str, config: dict[str, Any], suffix: str) -> Path:
     """Return the file that a hash of `config` names."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(_text(config).encode()).hexdigest()[:16]
     return results_folder() / dataset / f"{kind}_{digest}.{suffix}"

@@ -7,20 +7,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..baselines.grid_search import dmn, gits_over
 from ..baselines.learned import learn_bns, learn_generalised
 from ..errors import UsageError, choose
 from ..gauss_newton import learn_gauss_newton
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, learn_alternating, learn_coefficients, learn_jointly, learn_times
-from ..models.zoo import weights
+from ..models.zoo import reference, weights
 from ..params import Params, datasets, load_params
 from ..published import SOLVERS, count_steps
 from ..schedule import NAMED_SCHEDULES, VPDiscrete
 from ..setup import Setup
 from ..teacher import SEED_LIMIT, SEEDS_PER_SET, initial_noise
-from .cache import cache_path
+from .cache import cache_path, method
 
 LEARN: dict[str, Callable[..., Iterator[Epoch]] | None] = {
     "none": None,
@@ -157,7 +156,8 @@ class Experiment:
             **what,
             "params": params,
             "weights": weights(self.dataset, self.params),
-            "version": __version__,
+            "reference": reference(self.dataset, self.params),
+            "method": method(),
         }
 
     def path(self) -> Path:

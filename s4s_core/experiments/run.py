@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from ..published import SOLVERS, Table, count_steps, table_by_name
 from ..setup import Setup
 from ..solver import Coefficients, Solver
 from ..teacher import TeacherSet, make_teacher_set, sample_batches
-from .cache import cache_path, cached_tensors
+from .cache import cache_path, cached_tensors, is_sealed, read_cached, say_again, sealed
 from .experiment import DPM_SOLVER_V3, SEARCHED, Experiment
 
 if TYPE_CHECKING:
@@ -77,10 +77,19 @@ class Result:
     history: list[dict[str, Any]]
 
     @classmethod
-    def read(cls, path: Path) -> "Result":
-        """Return what `run` wrote; raises ValueError, KeyError or TypeError if it is not whole."""
-        entries = json.loads(path.read_text("utf-8"))
-        return cls(**{**entries, "solver": Solver.from_dict(entries["solver"])})
+    def read(cls, path: Path, config: dict[str, Any]) -> "Result | None":
+        """Return what `run` wrote for this configuration, or None if it is not there or unsound."""
+        if (content := read_cached(path)) is None:
+            return None
+        try:
+            entries = json.loads(content)
+            if is_sealed(entries) and entries.pop("sha256") and entries["config"] == config:
+                return cls(**{**entries, "solver": Solver.from_dict(entries["solver"])})
+            reason = "it holds other numbers than were written"
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = str(error)
+        say_again(path, reason)
+        return None
 
     def row(self) -> dict[str, Any]:
         """Return one flat record for tables and plots; the blocks of a number are a column."""
@@ -96,25 +105,21 @@ def run(experiment: Experiment) -> Result:
 
     Interrupting leaves the best solver so far beside where the result would be, and no result.
     """
-    path = experiment.path()
-    try:
-        return Result.read(path)
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError) as error:  # e.g. edited by hand: make it again
-        print(f"{path} is not a readable result ({error}); computing it again", file=sys.stderr)
+    path, config = experiment.path(), experiment.config()
+    if (result := Result.read(path, config)) is not None:
+        return result
     setup = _setup(experiment)
     solver, costs, history = _learned(experiment, setup, path)
     metrics, blocks = _measured(solver, setup)
     metrics |= {"n_samples": setup.params.fid_samples, "features": setup.features_name}
-    config = experiment.config()
-    versions = {"s4s_core": __version__, "torch": torch.__version__, "python": _python()}
+    versions = {"s4s_core": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    versions |= {"python": platform.python_version(), "machine": platform.machine()}
     provenance = {"experiment": config, "model": setup.model, **metrics, "versions": versions}
     solver = Solver(solver.coefficients, solver.grid, provenance)
     result = Result(config, solver, blocks=blocks, history=history, **metrics, **costs)
     entries = {f.name: getattr(result, f.name) for f in fields(Result)}
     entries["solver"] = solver.to_dict()
-    write_atomically(path, (json.dumps(entries, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(sealed(entries), indent=1) + "\n").encode())
     return result
 
 
@@ -163,12 +168,18 @@ def learn_on(setup: Setup, experiment: Experiment) -> Solver:
 
     The name of the setup must tell it from others, since a file is found by it.
     """
-    path = cache_path(setup.name, "solver", experiment.config(), "json")
-    if not path.exists():
+    config = experiment.config() | {"model": setup.model}
+    path = cache_path(setup.name, "solver", config, "json")
+
+    def made_for(path: Path) -> Solver | None:
+        solver = Solver.load(path) if path.exists() else None
+        return solver if solver and solver.provenance.get("experiment") == config else None
+
+    if (solver := made_for(path)) is None:
         solver, _, _ = _learned(experiment, setup, path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        solver = replace(solver, provenance=solver.provenance | {"experiment": config})
         solver.save(path)
-    return Solver.load(path)
+    return solver
 
 
 def sample_errors(solver: Solver, setup: Setup) -> Tensor:
@@ -431,7 +442,3 @@ def _teacher_sums(setup: Setup) -> dict[str, FeatureSums]:
         name: FeatureSums(int(found[f"{name}_n"]), found[f"{name}_first"], found[f"{name}_second"])
         for name in ("features", "thumbnails")
     }
-
-
-def _python() -> str:
-    return f"{platform.python_version()} on {platform.machine()}"

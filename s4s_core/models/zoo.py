@@ -125,6 +125,21 @@ def weights(dataset: str, params: Params) -> dict[str, str]:
     return _weights(model, model.files(dataset, params))
 
 
+def reference(dataset: str, params: Params) -> str:
+    """Return a hash of the real data's statistics, or of the names and sizes of its images.
+
+    Empty where the data come with the package or one of its libraries.
+    """
+    if not choose("dataset", dataset, _MODELS).judged_by_inception:
+        bundled = _reference_of(params.checkpoint.partition("_denoiser")[0])
+        return _sha256(bundled, bundled.stat().st_mtime_ns) if bundled.is_file() else ""
+    path = _reference(params)
+    if path.is_file():
+        return file_sha256(path)
+    images = sorted(f"{p.relative_to(path)} {p.stat().st_size}" for p in path.rglob("*"))
+    return hashlib.sha256("\n".join(images).encode()).hexdigest()
+
+
 def fetch_files(dataset: str) -> list[Path]:
     """Download all files that a model and its evaluation need, and return their paths."""
     params, model = load_params(dataset), choose("dataset", dataset, _MODELS)
@@ -198,8 +213,12 @@ def _bundled_model(
 
     Without `data` one of them holds the statistics of the real data's features.
     """
-    data = data or (lambda: read_reference(WEIGHTS / f"{family}_reference.safetensors"))
+    data = data or (lambda: read_reference(_reference_of(family)))
     return _Model(partial(_bundled_files, family), partial(_bundled, family, data))
+
+
+def _reference_of(family: str) -> Path:
+    return WEIGHTS / f"{family}_reference.safetensors"
 
 
 def _bundled_files(family: str, name: str, params: Params) -> list[Path]:
