@@ -288,8 +288,8 @@ def as_kind(pipeline, kind):
     return quiet(kind(**pipeline.components, requires_safety_checker=False))
 
 
-@pytest.mark.parametrize("strength", [0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("strength", [0.25, 0.75, 1.0])
+@pytest.mark.parametrize("table", ["corrector", "states", "2S"])
 def test_img2img_begins_with_published_steps(text, noise, strength, table):
     pipeline = stable_diffusion(text)
     setup = s4s.from_diffusers(pipeline, check=False, **PROMPT)

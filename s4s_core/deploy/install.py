@@ -187,7 +187,8 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
     """Save a pipeline into which a solver is installed, so that it loads without this package.
 
     DiffusionPipeline.from_pretrained(folder, trust_remote_code=True) takes the scheduler's code
-    from the folder. Raises UsageError if no solver is installed.
+    from the folder. What pipeline.save_pretrained writes wants s4s_core.deploy.s4s_scheduler
+    imported instead. Raises UsageError if no solver is installed.
     """
     name = "s4s_scheduler"
     if type(getattr(pipeline, "scheduler", None)).__name__ != "S4SScheduler":

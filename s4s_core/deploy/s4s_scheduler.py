@@ -64,14 +64,10 @@ class S4SScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the solver for this number of network calls, and begin anew.
 
-        `sigmas` may be the even ones that pipelines give where they give no number; these and the
+        `sigmas` may be the even ones that some pipelines give in place of a number; these and the
         shift `mu` are for schedulers that have no times of their own.
         """
-        n = (
-            len(sigmas)
-            if num_inference_steps is None and sigmas is not None
-            else num_inference_steps
-        )
+        n = num_inference_steps if sigmas is None else len(sigmas)
         if n not in self._solvers:
             raise ValueError(
                 f"this scheduler holds solvers for {', '.join(map(str, self._solvers))} network "
@@ -115,9 +111,8 @@ class S4SScheduler(SchedulerMixin, ConfigMixin):
                 2, -1, *[1] * (original_samples.ndim - 1)
             )
         else:
-            alpha, sigma = levels[
-                self._begin_index if self._step_index is None else self._step_index
-            ]
+            next_step = self._begin_index if self._step_index is None else self._step_index
+            alpha, sigma = levels[next_step]
         return alpha * original_samples + sigma * noise
 
     def scale_noise(
