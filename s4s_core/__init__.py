@@ -2,7 +2,7 @@
 
 The method is in the files of this folder. Read them in this order: schedule, grid, denoiser,
 solver, published, objective, evaluate, params, setup, teacher, learn, gauss_newton. The folders
-hold the rest: models, baselines, experiments, lessons.
+hold the rest: models, baselines, experiments, lessons, deploy.
 """
 
 __version__ = "0.2.0"
@@ -23,6 +23,9 @@ from .denoiser import (
     rematerialized,
     rescheduled,
 )
+from .deploy.compiled import CompiledSolver, compile_solver
+from .deploy.family import SolverFamily
+from .deploy.install import install, make_scheduler, save_pipeline
 from .errors import UsageError, choose, progress
 from .evaluate import (
     FeatureStatistics,

@@ -1,13 +1,16 @@
 """Errors of one sentence, files written whole, progress bars: what every other module stands on."""
 
+import json
 import os
 import reprlib
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 
 class UsageError(ValueError):
@@ -118,6 +121,19 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
+
+
+def read_json(path: str | Path, kind: str, make: Callable[[Any], Made]) -> Made:
+    """Return make(contents) of a JSON file, such as a "solver file": data, never executed.
+
+    Raises UsageError, naming the file, if it cannot be read or if `make` refuses its contents.
+    """
+    try:
+        return make(json.loads(Path(path).read_text("utf-8")))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
+        raise UsageError(f"{path} is not a readable {kind} ({error})") from None
 
 
 def halve_batch(size: int, what: str) -> int:

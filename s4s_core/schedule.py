@@ -56,6 +56,10 @@ class NoiseSchedule:
         """Return the time of s, the inverse of `s`."""
         return self.t_of_lam(-_tensor(s).log())
 
+    def network_time(self, t: Tensor | float) -> Tensor:
+        """Return what published networks of this schedule are told at time t, which may be t."""
+        return _tensor(t)
+
     def to_dict(self) -> dict:
         """Return the name and the constants, for JSON."""
         return {"name": type(self).__name__, **asdict(self)}
@@ -141,6 +145,9 @@ class _Discrete(_VariancePreserving):
         t, table = self._table
         return _interpolate(log_alpha, table.flip(0), t.flip(0))
 
+    def network_time(self, t: Tensor | float) -> Tensor:
+        return len(self._table[0]) * _tensor(t) - 1
+
 
 @dataclass(frozen=True)
 class VPDiscrete(_Discrete):
@@ -217,6 +224,9 @@ class RectifiedFlow(NoiseSchedule):
     def t_of_lam(self, lam: Tensor | float) -> Tensor:
         sigma = torch.sigmoid(-_tensor(lam))
         return sigma / (self.shift - (self.shift - 1) * sigma)
+
+    def network_time(self, t: Tensor | float) -> Tensor:
+        return 1000 * self.sigma(t)
 
 
 SCHEDULES = {cls.__name__: cls for cls in (EDM, VPLinear, VPDiscrete, VPTable, RectifiedFlow)}

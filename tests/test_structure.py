@@ -19,7 +19,7 @@ PARAMS = sorted((ROOT / "params").glob("*.yaml"))
 
 # Sentinels: a moved folder or a quietly skipped test must not turn the suite green.
 AT_LEAST_NOTEBOOKS = 25
-SKIPS = 3
+SKIPS = 5
 
 # The reading order: a file of the top level imports those above it, and no folder.
 METHOD = ["errors", "schedule", "grid", "denoiser", "solver", "published", "objective", "evaluate"]
@@ -34,6 +34,7 @@ FOLDERS = {
     "baselines": (["grid_search", "dpm_solver_v3", "learned"], []),
     "experiments": (["cache", "experiment", "run", "tables", "plot"], ["models", "baselines"]),
     "lessons": (["density", "exact", "interactive"], ["experiments"]),
+    "deploy": (["compiled", "family", "part", "s4s_scheduler", "install"], ["models"]),
 }
 NETWORKS = ["unet", "song_unet", "classifier", "io", "data", "pickles", "edm", "checkpoint"]
 NETWORKS += ["latent", "training", "__init__"]
@@ -148,6 +149,8 @@ def test_dependencies_are_declared_and_extras_are_imported_where_used(path):
             allowed = ALWAYS if at_top else WHERE_USED
             if path.stem == "interactive" and not at_top:
                 allowed = allowed | JUPYTER
+            if path.stem == "s4s_scheduler":  # stands alone in folders that are shared
+                allowed = allowed | {"diffusers"}
             assert package in allowed, name
 
 

@@ -1,0 +1,98 @@
+"""One file with a solver for each of several numbers of network calls."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, read_json, write_atomically
+from ..schedule import NoiseSchedule
+from ..solver import FORMAT as SOLVER_FORMAT
+from ..solver import Solver
+
+FORMAT, VERSION = "s4s-family", 1
+
+
+@dataclass(frozen=True)
+class SolverFamily:
+    """Solvers for one model that differ in their number of network calls: family[5] makes five.
+
+    Raises UsageError for none, for two of one number of calls, or for several noise schedules.
+    """
+
+    solvers: tuple[Solver, ...]
+
+    def __init__(self, solvers: Iterable[Solver]):
+        by_nfe = tuple(sorted(solvers, key=lambda solver: solver.nfe))
+        object.__setattr__(self, "solvers", by_nfe)
+        if not by_nfe:
+            raise UsageError("a family needs at least one solver")
+        for first, second in zip(by_nfe, by_nfe[1:], strict=False):
+            if first.nfe == second.nfe:
+                raise UsageError(f"a family holds one solver for {first.nfe} network calls, not 2")
+            if first.grid.schedule != second.grid.schedule:
+                raise UsageError(
+                    f"the solvers of a family share one noise schedule, not {first.grid.schedule} "
+                    f"with {first.nfe} and {second.grid.schedule} with {second.nfe} network calls"
+                )
+
+    def __getitem__(self, nfe: int) -> Solver:
+        for solver in self.solvers:
+            if solver.nfe == nfe:
+                return solver
+        raise UsageError(
+            f"there is no solver for {nfe!r} network calls here, only for "
+            f"{', '.join(map(str, self.nfes))}: choose one of these or learn one more"
+        )
+
+    @property
+    def nfes(self) -> list[int]:
+        """The numbers of network calls that there are solvers for, rising."""
+        return [solver.nfe for solver in self.solvers]
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of all solvers."""
+        return self.solvers[0].grid.schedule
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the file's contents as plain numbers, lists and strings."""
+        solvers = [solver.to_dict() for solver in self.solvers]
+        return {"format": FORMAT, "version": VERSION, "solvers": solvers}
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> "SolverFamily":
+        """Return the family that `to_dict` wrote; a solver is a family of one.
+
+        Raises UsageError for anything else.
+        """
+        if isinstance(entries, dict) and entries.get("format") == SOLVER_FORMAT:
+            return cls([Solver.from_dict(entries)])
+        if not isinstance(entries, dict) or entries.get("format") != FORMAT:
+            raise UsageError(
+                f"no solver and no family: a JSON object of format {SOLVER_FORMAT!r} or {FORMAT!r} "
+                "is one"
+            )
+        if entries.get("version") != VERSION:
+            raise UsageError(
+                f"family of version {entries.get('version')!r:.80}, but this package reads version "
+                f"{VERSION}: save it again with the package that is installed here"
+            )
+        if set(entries) != {"format", "version", "solvers"} or not isinstance(
+            entries["solvers"], list
+        ):
+            raise UsageError(
+                f"a family has the entries format, version and solvers (a list), not "
+                f"{', '.join(map(str, entries)):.80}"
+            )
+        return cls(map(Solver.from_dict, entries["solvers"]))
+
+    def save(self, path: str | Path) -> None:
+        """Write all solvers into one readable JSON file, whole or not at all."""
+        write_atomically(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SolverFamily":
+        """Read a file that `save` wrote, or one solver; UsageError, naming the file, for others."""
+        return read_json(path, "solver file", cls.from_dict)
