@@ -2,7 +2,7 @@
 
 The method is in the files of this folder. Read them in this order: schedule, grid, denoiser,
 solver, published, objective, evaluate, params, setup, teacher, learn, gauss_newton. The folders
-hold the rest: models, baselines, experiments, lessons.
+hold the rest: models, baselines, experiments, lessons, deploy.
 """
 
 __version__ = "0.2.0"
@@ -23,6 +23,7 @@ from .denoiser import (
     rematerialized,
     rescheduled,
 )
+from .deploy.k_diffusion import sample_s4s, sigmas_of, snap_to_levels
 from .errors import UsageError, choose, progress
 from .evaluate import (
     FeatureStatistics,

@@ -1,0 +1,1 @@
+"""Solvers in other people's pipelines and runtimes."""
