@@ -7,7 +7,7 @@ import torch
 
 import s4s_core as s4s
 from s4s_core import Coefficients, Solver, TimeGrid, sample_s4s, sigmas_of, snap_to_levels
-from s4s_core.deploy.k_diffusion import part_of
+from s4s_core.deploy.part import part_of
 
 N = 5
 SD, FLOW = s4s.VPDiscrete(), s4s.RectifiedFlow(shift=3.0)

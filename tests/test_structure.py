@@ -34,7 +34,7 @@ FOLDERS = {
     "baselines": (["grid_search", "dpm_solver_v3", "learned"], []),
     "experiments": (["cache", "experiment", "run", "tables", "plot"], ["models", "baselines"]),
     "lessons": (["density", "exact", "interactive"], ["experiments"]),
-    "deploy": (["k_diffusion"], []),
+    "deploy": (["part", "k_diffusion"], []),
 }
 NETWORKS = ["unet", "song_unet", "classifier", "data", "io", "checkpoint", "pickles", "latent"]
 NETWORKS += ["training", "__init__"]
