@@ -34,7 +34,10 @@ FOLDERS = {
     "baselines": (["grid_search", "dpm_solver_v3", "learned"], []),
     "experiments": (["cache", "experiment", "run", "tables", "plot"], ["models", "baselines"]),
     "lessons": (["density", "exact", "interactive"], ["experiments"]),
-    "deploy": (["compiled", "family", "part", "s4s_scheduler", "install"], ["models"]),
+    "deploy": (
+        ["compiled", "family", "part", "k_diffusion", "s4s_scheduler", "install"],
+        ["models"],
+    ),
 }
 NETWORKS = ["unet", "song_unet", "classifier", "io", "data", "pickles", "edm", "checkpoint"]
 NETWORKS += ["latent", "training", "__init__"]
