@@ -392,9 +392,7 @@ class Solver:
 
     `provenance` says how it was made (dataset, checkpoint, teacher, settings, metrics); solvers
     that differ in nothing else are equal.
-    Raises UsageError if the table and the grid have different numbers of steps, or if the network
-    is called at a time that does not lie between the steps before and after. Learned times may
-    stand anywhere there and need not fall: neighbours are learned apart, and may meet or pass.
+    Raises UsageError if the table and the grid have different numbers of steps.
     """
 
     coefficients: Coefficients | SingleStepCoefficients
@@ -405,14 +403,6 @@ class Solver:
         rows, steps = len(self.coefficients.b), self.grid.nfe
         if rows != steps:
             raise UsageError(f"the table has {rows} rows but the grid has {steps} steps")
-        t, t_model = self.grid.t.detach(), self.grid.t_model.detach()
-        before, after = torch.cat([t[:1], t[:-1]]), torch.cat([t[1:], t[-1:]])
-        wrong = (t_model > before * (1 + 1e-9)) | (t_model < after * (1 - 1e-9))
-        for i in wrong.nonzero()[:1, 0].tolist():
-            raise UsageError(
-                f"the network's time t_model[{i}] = {t_model[i].item()} must lie between the steps "
-                f"around it, at {before[i].item()} and {after[i].item()}"
-            )
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, Solver):
@@ -504,6 +494,7 @@ class Solver:
         tables = {name: entries[name] for name in _tables(kind)}
         schedule = schedule_from_dict(entries["schedule"])
         grid = TimeGrid(schedule, entries["t"], entries["t_model"], entries["scale"])
+        _check_calls(grid)
         coefficients = made(**tables, prediction=entries["prediction"])
         return cls(coefficients, grid, entries["provenance"])
 
@@ -536,6 +527,21 @@ class Solver:
             raise UsageError(f"{path} is not a readable solver file ({error})") from None
         except (ValueError, RecursionError):  # not UTF-8, endless digits, endless lists in lists
             raise UsageError(f"{path} is not a readable solver file: it is no plain JSON") from None
+
+
+def _check_calls(grid: TimeGrid) -> None:
+    """Raise UsageError unless each call is told a time between the steps before and after.
+
+    Learned times may stand anywhere there and need not fall: neighbours are learned apart, and may
+    meet or pass.
+    """
+    before, after = torch.cat([grid.t[:1], grid.t[:-1]]), torch.cat([grid.t[1:], grid.t[-1:]])
+    wrong = (grid.t_model > before * (1 + 1e-9)) | (grid.t_model < after * (1 - 1e-9))
+    for i in wrong.nonzero()[:1, 0].tolist():
+        raise UsageError(
+            f"the network's time t_model[{i}] = {grid.t_model[i].item()} must lie between the "
+            f"steps around it, at {before[i].item()} and {after[i].item()}"
+        )
 
 
 def _check_noise(x_T: Tensor, schedule: NoiseSchedule) -> None:

@@ -137,7 +137,7 @@ def test_a_number_of_steps_that_is_none_is_refused_in_one_sentence(one_sentence,
         ([0.002, 1.0, 80.0], ["fall strictly"]),
         ([80.0, math.nan, 0.002], ["finite"]),
         ([math.inf, 1.0, 0.002], ["finite"]),
-        ([80.0, 1.0, -0.5], ["t_min = 0.002", "-0.5"]),
+        ([80.0, 1.0, -0.5], ["positive", "-0.5"]),
         ([70.0, 1.0, 0.002], ["T = 80.0", "70.0"]),
         ([80.0, 1.0, 0.003], ["t_min = 0.002", "0.003"]),
         ([80.0], ["N + 1"]),
@@ -155,9 +155,8 @@ def test_model_times_must_match_the_grid(one_sentence):
         TimeGrid(EDM(), t, t[:-1])
     with one_sentence("finite"):
         TimeGrid(EDM(), t, torch.full_like(t, math.nan))
-    for wrong in (-t, 2 * t, t / 2):
-        with one_sentence("network's times", "T = 80.0", "t_min = 0.002"):
-            TimeGrid(EDM(), t, wrong)
+    with one_sentence("positive"):
+        TimeGrid(EDM(), t, -t)
     with one_sentence("fall strictly") as info:
         TimeGrid(EDM(), [1.0] * 10**5)
     assert len(str(info.value)) < 300

@@ -38,8 +38,15 @@ def results_folder() -> Path:
 
 
 # What a result is computed by; pictures, tables, downloads and notebooks do not change a number.
-_METHOD = ("[a-z]*.py", "baselines/*.py", "models/mixture.py", "models/networks/*.py")
-_METHOD += ("models/inception.py", "models/zoo.py", "experiments/run.py")
+_METHOD = (
+    "[a-z]*.py",
+    "baselines/*.py",
+    "models/mixture.py",
+    "models/networks/*.py",
+    "models/inception.py",
+    "models/zoo.py",
+    "experiments/run.py",
+)
 
 
 @cache
@@ -128,7 +135,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()))
     return digest.hexdigest()
 
 
