@@ -37,8 +37,8 @@ def sample_batches(
 ) -> Iterator[Tensor]:
     """Yield batches of samples (B, *setup.shape) in the order of the seeds, with a progress bar.
 
-    A batch that does not fit into memory is halved, and so are those after it: a sample does not
-    depend on its batch.
+    A batch that does not fit into memory is halved, and so are those after it: but for rounding a
+    sample does not depend on its batch.
     """
     seeds, size = list(seeds), setup.params.sample_batch_size
     with progress(total=len(seeds), desc=label) as bar:

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +34,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.etag, self.ranges = CONTENT, '"one"', True
-        self.drop_after = self.gate = None
+        self.drop_after = self.gate = self.stall = None
         self.ignores_if_range, self.says_its_length = False, True
         self.moved_to, self.status, self.chunked = "/model.bin", None, False
         self.asked = []
@@ -77,6 +79,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         with contextlib.suppress(ConnectionError):  # the client may have had enough
             self.wfile.write(body[: server.drop_after])
+            if server.stall:
+                server.stall.wait(30)
 
 
 @pytest.fixture
@@ -132,6 +136,24 @@ def broken_off(server, folder, one_sentence):
 def test_what_has_come_is_continued(broken_off, sha256):
     assert fetch(broken_off.url, sha256).read_bytes() == CONTENT
     assert broken_off.asked == [f"bytes={100_000 - download.OVERLAP}-"]
+
+
+def test_a_killed_download_is_continued(server, folder):
+    server.drop_after, server.stall = 100_000, threading.Event()
+    code = "import sys; from s4s_core.models.download import fetch; fetch(*sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", code, server.url, SHA256])
+    limit = time.monotonic() + 60
+    while sum(p.stat().st_size for p in folder.glob(".*")) < 100_000:
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    server.stall.set()
+    assert visible(folder) == []
+    server.drop_after = server.stall = None
+    assert fetch(server.url, SHA256).read_bytes() == CONTENT
+    assert server.asked[-1] == f"bytes={100_000 - download.OVERLAP}-"
+    assert visible(folder) == ["model.bin"]
 
 
 def test_a_download_may_break_off_many_times(server):

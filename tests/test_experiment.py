@@ -915,6 +915,34 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     assert [path.stat().st_size for path in beats] == before
 
 
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(results, tmp_path, monkeypatch):
+    code = f"""
+import s4s_core as s4s
+if __name__ == "__main__":
+    choices = dict(dataset="mixture", order=2, learn="coefficients", nfe=[3, 4], seed=[0, 1, 2])
+    s4s.run_all(s4s.sweep({TINY}, **choices), workers=2)
+"""
+    (tmp_path / "sweep.py").write_text(code)
+    process = script(results, "", str(tmp_path / "sweep.py"))
+    limit = time.monotonic() + 100
+    while not files(results, "result_*.json"):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    made = {path: path.stat().st_mtime_ns for path in results.rglob("result_*.json")}
+    experiments = [tiny(nfe=nfe, seed=seed) for nfe in (3, 4) for seed in range(3)]
+    again = s4s.run_all(experiments, workers=1)
+    assert (
+        made
+        and made.items() <= {e.path(): e.path().stat().st_mtime_ns for e in experiments}.items()
+    )
+    monkeypatch.setenv("S4S_RESULTS", str(tmp_path / "fresh"))
+    fresh, numbers = s4s.run_all(experiments, workers=1), ["frechet", "distance_to_teacher"]
+    assert again[numbers].equals(fresh[numbers])
+
+
 def test_a_list_is_of_numbers_or_of_names(one_sentence):
     s4s.require_lists(nfes=[3, 4], gammas=[0.0, 1, 2.5], grids=["edm"])
     for wrong in ("[3, 4]", 3, [], [3, "edm"], [True], [None]):

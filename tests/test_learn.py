@@ -881,3 +881,50 @@ def test_what_was_learned_says_for_which_model(problem):
     solver, setup, teacher = problem(4)
     *_, last = learn_coefficients(solver, setup, teacher)
     assert last.best.provenance["model"] == setup.model == last.solver.provenance["model"]
+
+
+def drawn(setup, batch: int):
+    """Noise and samples of 21 seeds, in batches."""
+    parts = [range(i, min(i + batch, 21)) for i in range(0, 21, batch)]
+    grid = time_logsnr(setup.schedule, 4)
+    solver = Solver(ipndm(grid, 3), grid)
+    noise = [initial_noise(setup, part) for part in parts]
+    told = zip(parts, noise, strict=True)
+    return torch.cat(noise), torch.cat([solver.sample(setup.denoiser_for(p), x) for p, x in told])
+
+
+@pytest.fixture
+def threads():
+    usual = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.parametrize(
+    ("name", "rounding"), [("mixture", 0), ("digits", 0), ("ecg", 1e-5), ("cifar10_tiny", 1e-5)]
+)
+def test_batches_and_threads_change_samples_as_the_readme_says(threads, name, rounding):
+    setup = s4s.load(name, "cpu")
+    threads(1)
+    noise, x = drawn(setup, 21)
+    for count, batch in [(1, 21), (1, 1), (1, 8), (2, 21)]:
+        threads(count)
+        again = drawn(setup, batch)
+        assert torch.equal(again[0], noise)
+        torch.testing.assert_close(again[1], x, rtol=0, atol=rounding)
+    threads(1)
+    assert torch.equal(drawn(setup, 21)[1], x)
+
+
+@pytest.mark.parametrize("learn", [learn_coefficients, s4s.learn_gauss_newton])
+def test_threads_change_what_is_learned_as_the_readme_says(threads, learn):
+    settings = dict(n_train=32, n_valid=16, epochs=1, distance="l2")
+    setup = s4s.load("digits", "cpu", **settings)
+    grid, teacher, found = time_logsnr(setup.schedule, 3), make_teacher_set(setup), []
+    for count in (1, 1, 2):
+        threads(count)
+        *_, last = learn(Solver(ipndm(grid, 2), grid), setup, teacher)
+        found.append(last.best.coefficients.b)
+    assert torch.equal(found[0], found[1])
+    exact = learn is learn_coefficients
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=0 if exact else 1e-3)
