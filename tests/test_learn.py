@@ -132,17 +132,26 @@ def test_teacher_sets_share_no_noise_with_each_other_or_with_evaluation(mixture)
     assert torch.equal(make_teacher_set(setup, 4, 4, 1).x_T, sets[1])
 
 
-@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (600_000, 600_000)])
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((0, 4), ["n_train", "not 0"]),
+        ((4, 0), ["n_valid", "not 0"]),
+        ((600_000, 600_000), ["n_train and n_valid", "1000000", "600000"]),
+    ],
+)
 def test_impossible_sizes_of_a_teacher_set_are_refused_in_one_sentence(
-    mixture, one_sentence, sizes
+    mixture, one_sentence, sizes, words
 ):
-    with one_sentence("n_train", "n_valid", str(sizes[0])):
+    with one_sentence(*words):
         make_teacher_set(mixture(), *sizes)
 
 
-@pytest.mark.parametrize("seed", [-1, 1000])
-def test_impossible_seeds_of_a_teacher_set_are_refused_in_one_sentence(mixture, one_sentence, seed):
-    with one_sentence("seed", "999", str(seed)):
+@pytest.mark.parametrize(("seed", "allowed"), [(-1, "at least 0"), (1000, "0 to 999")])
+def test_impossible_seeds_of_a_teacher_set_are_refused_in_one_sentence(
+    mixture, one_sentence, seed, allowed
+):
+    with one_sentence("seed", allowed, str(seed)):
         make_teacher_set(mixture(), seed=seed)
 
 
