@@ -467,6 +467,41 @@ def test_guidance_is_recorded_and_a_solver_of_another_guidance_warns(text, noise
         solver.sample(strong.denoiser, x_T)
 
 
+@pytest.mark.parametrize("prompts", ["a cat", 5, [], ["a", None]])
+def test_prompts_are_one_text_or_a_list_of_texts(text, one_sentence, prompts):
+    if isinstance(prompts, str):
+        assert s4s.from_diffusers(stable_diffusion(text), prompts, check=False).condition is None
+    else:
+        with one_sentence("prompt must be a text, or a list of such", str(prompts)):
+            s4s.from_diffusers(stable_diffusion(text), prompts, check=False)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("many", [["a cat", "a dog", "two owls"], [f"{i} owls" for i in range(40)]])
+def test_each_seed_has_its_prompt_of_a_list(text, many, guidance):
+    pipe = stable_diffusion(text)
+    setup = s4s.from_diffusers(pipe, many, guidance=guidance, check=False)
+    grid, seeds = s4s.time_logsnr(setup.schedule, 3), [0, 1, 2, len(many) + 1]
+    solver, x_T = Solver(unipc(grid), grid), s4s.initial_noise(setup, seeds)
+    together = solver.sample(setup.denoiser_for(seeds), x_T)
+    for i, seed in enumerate(seeds):
+        alone = s4s.from_diffusers(pipe, many[seed % len(many)], guidance=guidance, check=False)
+        x = solver.sample(alone.denoiser, x_T[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_solver_is_learned_for_several_classes_at_once(one_sentence):
+    setup = s4s.from_diffusers(dit(), class_label=[3, 5], guidance=2.0, check=False, distance="l2")
+    grid = s4s.time_uniform(setup.schedule, 2)
+    teacher = s4s.make_teacher_set(setup, 4, 2)
+    assert setup.condition(teacher.seeds.tolist()).tolist() == [0, 1, 0, 1, 0, 1]
+    for learn in (s4s.learn_coefficients, s4s.learn_gauss_newton):
+        *_, last = learn(Solver(s4s.ddim(grid), grid), setup, teacher, epochs=1)
+        assert last.best.provenance["model"]["guidance"] == 2.0
+    with one_sentence("denoiser_for"):
+        last.best.sample(setup.denoiser, teacher.x_T)
+
+
 def test_fine_tuned_weights_are_another_model():
     network, own = unet(), scheduler()
     before = s4s.from_diffusers((network, own), check=False).model
@@ -489,7 +524,9 @@ def test_fine_tuned_weights_are_another_model():
         (lambda: (unet(sample_size=None), scheduler()), {}, ["UNet2DModel", "shape=[1, 32, 32]"]),
         (lambda: (unet(), scheduler()), {"shape": [3, 8, 8]}, ["1 channels", "[3, 8, 8]"]),
         (lambda: (unet(), scheduler()), {"precision": "float16"}, ["precision", "leave it out"]),
-        (lambda: (unet(), scheduler()), {"prompt": ["a", "b"]}, ["one text", "['a', 'b']"]),
+        (dit, {"class_label": [1, 2.0]}, ["class_label", "0 to 999", "[1, 2.0]"]),
+        (dit, {"class_label": [1, 1001]}, ["class_label", "0 to 999", "1001"]),
+        (dit, {"class_label": []}, ["class_label", "a list of such", "[]"]),
         (lambda: (unet(), scheduler(prediction_type="score")), {}, ["prediction_type", "score"]),
         (lambda: (unet(), scheduler()), {"prompt": "a"}, ["UNet2DModel", "prompt"]),
         (lambda: (unet(), scheduler()), {"class_label": 3}, ["UNet2DModel", "class_label"]),

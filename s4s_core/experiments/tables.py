@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..evaluate import interval
 
 Rows: TypeAlias = pd.DataFrame | Iterable[Mapping[str, Any]]
@@ -239,12 +240,15 @@ def calls_to_match(
     """Return the fewest calls with which each other method is as good as `method` with `nfe`.
 
     As Table 12: means over seeds; a method that is never as good is shown at its best; seconds are
-    those of learning at that number of calls. Raises ValueError where there are no such runs to be
+    those of learning at that number of calls. Raises UsageError where there are no such runs to be
     matched.
     """
     mean = _frame(rows).groupby(["method", "nfe"], sort=False)[[value, "seconds"]].mean()
     if (method, nfe) not in mean.index:
-        raise ValueError(f"there are no runs of {method} with {nfe} calls to be matched")
+        there = ", ".join(f"{name} with {n}" for name, n in mean.index)
+        raise UsageError(
+            f"there are no runs of {method} with {nfe} calls to be matched, only {there:.500}"
+        )
     target = mean.loc[(method, nfe), value]
     lines = [["method", "NFE", value, "matches", "seconds of learning"], ["---"] * 5]
     for name in dict.fromkeys([method, *mean.index.unique("method")]):

@@ -46,8 +46,8 @@ LOWEST_LAM = -5.1
 
 def from_diffusers(
     pipeline: Any,
-    prompt: str | None = None,
-    class_label: int | None = None,
+    prompt: str | Sequence[str] | None = None,
+    class_label: int | Sequence[int] | None = None,
     guidance: float = 1.0,
     shape: Sequence[int] | None = None,
     check: bool = True,
@@ -57,6 +57,8 @@ def from_diffusers(
 
     prompt       the text for a text-to-image pipeline; None is the empty prompt
     class_label  the class for a class-conditional network; None is its label for no class
+                 A list of either gives seed n its entry n mod length, so that a solver is learned
+                 for all of them at once; `condition` of the setup says so
     guidance     scale of classifier-free guidance against the empty prompt or that label
     shape        of one sample (channels, height, width), in latents if there are; None is the size
                  that the network was trained at
@@ -84,6 +86,13 @@ def from_diffusers(
             f"guidance {guidance} needs a prompt or a class_label to guide towards, and a network "
             "that also knows none: give one, or guidance 1"
         )
+    condition = None
+    if isinstance(given := class_label if prompt is None else prompt, (list, tuple)):
+        count = len(given)
+
+        def condition(seeds: Sequence[int]) -> Tensor:
+            return torch.tensor([seed % count for seed in seeds], device=network.device)
+
     channels = network.config.in_channels
     by_table = network.config.get("time_embedding_type") == "learned"
 
@@ -93,15 +102,29 @@ def from_diffusers(
         answer = called(x.to(network.dtype), timestep=time, **condition).sample
         return answer[:, :channels].to(x.dtype)  # the rest is a learned variance
 
-    def denoiser(scale: float) -> Denoiser:
-        return wrap(guided(predict, conditional, unconditional or {}, scale), schedule)
+    def denoiser(scale: float) -> Callable[..., Tensor]:
+        def network(x: Tensor, t: Tensor, *index: Tensor) -> Tensor:
+            if len(index) != (condition is not None):
+                raise UsageError(
+                    "this model draws what a condition names: sample with "
+                    "setup.denoiser_for(seeds), and not where there is none"
+                )
+            told = {k: v[index[0]] if index else v for k, v in conditional.items()}
+            return guided(predict, told, unconditional or {}, scale)(x, t)
+
+        return wrap(network, schedule)
+
+    def at_its_own(x: Tensor, t: Tensor) -> Tensor:
+        """D without guidance, each sample at a condition of its own."""
+        told = () if condition is None else (condition(range(len(x))),)
+        return denoiser(1.0)(x, t, *told)
 
     shape = _shape(network, shape)
     decode = (lambda x: x) if vae is None else _decoder(vae)
     device = str(network.device)
     if check:
         try:
-            check_denoiser(denoiser(1.0), schedule, shape, device=device)
+            check_denoiser(at_its_own, schedule, shape, device=device)
         except UsageError as error:
             raise UsageError(f"{error}; check=False leaves this test out") from None
     params = _params(schedule, shape, vae, bool(prompt))
@@ -113,6 +136,7 @@ def from_diffusers(
         params.override_for("from_diffusers", OWN, settings).override(guidance=float(guidance)),
         weights={type(network).__name__: _fingerprint(network)},
         device=device,
+        condition=condition,
         decode=decode,
     )
     return setup.variant(denoiser=of_model(setup.denoiser, setup.model))
@@ -252,15 +276,13 @@ def _levels(scheduler: Any, config: Any, N: int) -> NoiseSchedule:
 
 @torch.no_grad()
 def _conditions(
-    pipeline: Any, network: Any, prompt: str | None, class_label: int | None, diffusers: Any
+    pipeline: Any, network: Any, prompt: Any, class_label: Any, diffusers: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """The network's keyword arguments with the condition and without any.
+    """The network's keyword arguments, a row for each condition, and those without any.
 
     The latter are None if the network has no condition at all, or no label for no class.
     """
     config, device, kind = network.config, network.device, type(network).__name__
-    if not (prompt is None or isinstance(prompt, str)):
-        raise UsageError(f"prompt must be one text for all samples, not {prompt!r:.80}")
     takes_text = isinstance(
         network, (diffusers.UNet2DConditionModel, diffusers.SD3Transformer2DModel)
     )
@@ -276,22 +298,36 @@ def _conditions(
                 f"{kind} needs the text encoder of its pipeline: give the whole pipeline, not a "
                 "pair"
             )
-        texts = [prompt or ""] * (3 if isinstance(network, diffusers.SD3Transformer2DModel) else 1)
-        answers = pipeline.encode_prompt(
-            *texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
-        names = ("encoder_hidden_states", "pooled_projections")
-        with_text, without = (dict(zip(names, answers[i::2], strict=False)) for i in (0, 1))
-        return with_text, without
+        texts = _listed("prompt", str, "a text", "" if prompt is None else prompt)
+        encoders = 3 if isinstance(network, diffusers.SD3Transformer2DModel) else 1
+        names, found = ("encoder_hidden_states", "pooled_projections"), []
+        for part in (texts[i : i + 32] for i in range(0, len(texts), 32)):
+            answers = pipeline.encode_prompt(
+                *[part] * encoders,
+                device=device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+            )
+            found.append([dict(zip(names, answers[i::2], strict=False)) for i in (0, 1)])
+        told = {k: torch.cat([with_text[k] for with_text, _ in found]) for k in found[0][0]}
+        return told, {k: v[:1] for k, v in found[0][1].items()}
     if not classes:
         return {}, None
-    label = null if class_label is None else class_label
-    if type(label) is not int or not 0 <= label < classes + (null is not None):
-        raise UsageError(
-            f"class_label must be a whole number from 0 to {classes - 1}, not {class_label!r}"
-        )
-    rows = [{"class_labels": torch.tensor([n], device=device)} for n in (label, null or 0)]
+    what = f"a whole number from 0 to {classes - 1}"
+    labels = _listed("class_label", int, what, null if class_label is None else class_label)
+    for label in labels:
+        if not 0 <= label < classes + (null is not None):
+            raise UsageError(f"class_label must be {what}, not {label}")
+    rows = [{"class_labels": torch.tensor(n, device=device)} for n in (labels, [null or 0])]
     return rows[0], rows[1] if null else None
+
+
+def _listed(name: str, kind: type, what: str, given: Any) -> list:
+    """One or several values as a list; UsageError for none, or any of another type."""
+    values = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not values or not all(type(value) is kind for value in values):
+        raise UsageError(f"{name} must be {what}, or a list of such, not {given!r:.80}")
+    return values
 
 
 def _decoder(vae: Any) -> Callable[[Tensor], Tensor]:
