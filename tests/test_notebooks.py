@@ -48,6 +48,7 @@ SHORT = {
     "appendix_theory": {},
     "appendix_train_denoiser": {},
     "bring_your_own_model": {"epochs": 2},
+    "use_it_anywhere": {"nfes": [3, 4], "pairs": 60},
 }
 
 
