@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -141,8 +143,6 @@ def test_the_table_tells_methods_apart_and_finds_the_same_again(noise):
 
 
 def test_an_onnx_model_of_the_loop_with_a_network_inside(noise):
-    onnx = pytest.importorskip("onnx", reason="needs onnx and onnxruntime: pip install them")
-    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install it")
     compiled = compile_solver(solver_of("corrector", VPDiscrete(), noise), "v_prediction")
     weights = noise(5, 3, 3).float().numpy() / 2
     nodes, constants = [], {"weights": weights}
@@ -176,7 +176,7 @@ def test_an_onnx_model_of_the_loop_with_a_network_inside(noise):
     opset = [onnx.helper.make_opsetid("", 17)]
     model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
     onnx.checker.check_model(model)
-    session = runtime.InferenceSession(model.SerializeToString())
+    session = onnxruntime.InferenceSession(model.SerializeToString())
     x_T = noise(0, 5, 3).numpy()
     (found,) = session.run(None, {"x_T": x_T.astype(np.float32)})
     expected = compiled.sample(lambda x, t: np.tanh((x + t / 1000) @ weights), x_T)
