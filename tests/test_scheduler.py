@@ -15,7 +15,18 @@ import diffusers
 import pytest
 import torch
 import transformers
-from test_pipelines import dit, ldm, quiet, seeded, stable_diffusion, stable_diffusion_3, vae
+from test_pipelines import (
+    SD,
+    dit,
+    ldm,
+    quiet,
+    scheduler,
+    seeded,
+    stable_diffusion,
+    stable_diffusion_3,
+    unet,
+    vae,
+)
 from test_pipelines import text as text  # a fixture
 
 import s4s_core as s4s
@@ -42,6 +53,13 @@ def free_first_call(schedule):
     start = s4s.LearnedGrid.start_at(s4s.time_logsnr(schedule, NFE))
     grid = replace(start, first=torch.tensor(0.0, dtype=torch.float64)).grid()
     return Solver(s4s.dpm_solver_pp(grid), grid)
+
+
+def scaling(schedule):
+    """A solver whose calls see other sizes of the sample, as learned ones do on flows alone."""
+    solver = solver_on(schedule)
+    scale = torch.tensor([1.3, 1.0, 0.8, 1.1], dtype=torch.float64)
+    return Solver(solver.coefficients, replace(solver.grid, scale=scale))
 
 
 def stable_diffusion_xl(text, **options):
@@ -167,16 +185,15 @@ TABLES = {
     ),
     "2S": lambda schedule: solver_on(schedule, NFE // 2, lambda grid: s4s.dpm_solver(grid, 2)),
     "free first call": lambda schedule: free_first_call(schedule),
+    "scales": lambda schedule: scaling(schedule),
 }
-
-
-# Pipelines of flows hand their noise to the network as it is, and nothing can scale it.
-FREE_FLOW = ("SD3", "free first call")
+# Pipelines of flows hand their samples to the network as they are, and nothing can scale them.
+SCALED = ("free first call", "scales")
 
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [(name, table) for name in KNOWN for table in TABLES if (name, table) != FREE_FLOW],
+    [(name, table) for name in KNOWN for table in TABLES if name != "SD3" or table not in SCALED],
 )
 def test_pipelines_draw_what_the_solver_draws(text, noise, name, table):
     make, guidance = KNOWN[name]
@@ -217,14 +234,15 @@ def test_pipelines_of_other_networks_draw_what_the_solver_draws(text, noise, nam
     same(found, solver.sample(denoiser, sigma * z))
 
 
+@pytest.mark.parametrize("table", ["corrector", "scales"])
 @pytest.mark.parametrize("make", [dit, ldm])
-def test_pipelines_of_classes_and_of_none_draw_what_the_solver_draws(make):
+def test_pipelines_of_classes_and_of_none_draw_what_the_solver_draws(make, table):
     pipeline = make().to(torch.float32)
     labels, condition = ([[207, 207], 4.0], {"class_label": 207, "guidance": 4.0})
     if make is ldm:
         labels, condition = [2], {}
     setup = s4s.from_diffusers(pipeline, check=False, **condition)
-    solver = solver_on(setup.schedule)
+    solver = TABLES[table](setup.schedule)
     installed(pipeline, solver)
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(2, *setup.shape, generator=generator)
@@ -289,7 +307,7 @@ def as_kind(pipeline, kind):
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.75, 1.0])
-@pytest.mark.parametrize("table", ["corrector", "states", "2S"])
+@pytest.mark.parametrize("table", ["corrector", "states", "2S", "scales"])
 def test_img2img_begins_with_published_steps(text, noise, strength, table):
     pipeline = stable_diffusion(text)
     setup = s4s.from_diffusers(pipeline, check=False, **PROMPT)
@@ -317,10 +335,11 @@ def from_other_T(denoiser):
     return lambda x, t: denoiser(x, t)
 
 
+@pytest.mark.parametrize("table", ["corrector", "scales"])
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_inpainting_keeps_what_is_not_masked(text, noise, strength):
+def test_inpainting_keeps_what_is_not_masked(text, noise, strength, table):
     pipeline = stable_diffusion(text)
-    installed(pipeline, solver_on(VPDiscrete()))
+    installed(pipeline, TABLES[table](VPDiscrete()))
     z = noise(0, 1, 4, 4, 4)
     everything = run(pipeline, z, **PROMPT)
     pipeline = as_kind(pipeline, diffusers.StableDiffusionInpaintPipeline)
@@ -390,13 +409,25 @@ def test_any_scheduler_can_take_its_place_again(text, noise):
         assert one.config.prediction_type == other.config.prediction_type
 
 
-def test_no_step_waits_for_the_device(noise, monkeypatch):
-    scheduler = s4s.make_scheduler(solver_on(VPDiscrete()))
+def test_a_pipeline_that_scales_no_input_is_refused_where_it_matters(one_sentence):
+    network = unet(sample_size=4, in_channels=3, out_channels=3).float()
+    pipeline = quiet(diffusers.DDPMPipeline(network, scheduler(**SD)))
+    installed(pipeline, solver_on(VPDiscrete()))
+    assert pipeline(num_inference_steps=NFE, output_type="np").images.shape == (1, 4, 4, 3)
+    installed(pipeline, scaling(VPDiscrete()))
+    with one_sentence("does not call scale_model_input", "free first call", error=ValueError):
+        pipeline(num_inference_steps=NFE)
+
+
+@pytest.mark.parametrize("table", ["corrector", "scales"])
+def test_no_step_waits_for_the_device(noise, monkeypatch, table):
+    scheduler = s4s.make_scheduler(TABLES[table](VPDiscrete()))
     x = noise(0, 1, 4, 4, 4)
     for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, None)
     for t in scheduler.timesteps:
-        x = scheduler.step(x.tanh(), t, scheduler.scale_model_input(x, t), return_dict=False)[0]
+        seen = scheduler.scale_model_input(x, t)
+        x = scheduler.step(seen.tanh(), t, x, return_dict=False)[0]
 
 
 def noise_of(scheduler, timesteps, begin=None):

@@ -25,8 +25,8 @@ def make_scheduler(solver: AnySolver, prediction: str = "epsilon") -> Any:
     solver      a solver, a family, or a file of either
     prediction  "epsilon", "v_prediction", "sample" or "flow_prediction", as the network has it
 
-    Raises UsageError for a solver with a number for each pixel, for one that scales the input of
-    its calls, and for a noise schedule that no network of diffusers has.
+    Raises UsageError for a solver with a number for each pixel, for a solver of a flow that scales
+    the input of its calls, and for a noise schedule that no network of diffusers has.
     """
     with optional_import("diffusers", "S4SScheduler"):
         from .s4s_scheduler import S4SScheduler
@@ -62,10 +62,11 @@ def _numbers(solver: Solver, prediction: str) -> dict[str, Any]:
     """What the scheduler reads of one solver, as its docstring says."""
     check_linear(solver)
     _, grid = solver.coefficients.as_multistep(solver.grid)
-    if not torch.allclose(grid.scale, torch.ones_like(grid.scale)):
+    scale = grid.scale.where((grid.scale - 1).abs() > 1e-9, 1.0)  # a learned one may be rounded
+    if prediction == "flow_prediction" and (scale != 1).any():
         raise UsageError(
-            "this solver scales the input of its first call, which pipelines hand to the network "
-            "as it is: learn one without a free first call"
+            "this solver scales the input of its first call, which pipelines of flows hand to the "
+            "network as it is: learn one without a free first call"
         )
     schedule, N = grid.schedule, grid.nfe
     rows = []
@@ -81,6 +82,7 @@ def _numbers(solver: Solver, prediction: str) -> dict[str, Any]:
         rows.append([x[: i + 2] + x[n + 1 : n + 1 + i] for i, x in enumerate(ends)])
     return {
         "timesteps": schedule.network_time(grid.t_model[:-1]).tolist(),
+        "scale": scale.tolist(),
         "levels": torch.stack([schedule.alpha(grid.t), schedule.sigma(grid.t)], 1).tolist(),
         "rows": rows,
     }

@@ -13,10 +13,11 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 class S4SScheduler(SchedulerMixin, ConfigMixin):
     """Takes the steps of a solver, or of one for each of several numbers of network calls.
 
-    solvers  a dict for each number N of calls: `timesteps`, N numbers; `levels`, N + 1 pairs alpha,
-             sigma; and `rows`. Where sampling begins with step `first`, above 0 in img2img, step
-             first + i gives the sum of what rows[first][i] weighs: the first sample, the network's
-             i + 1 answers, and i changes of the samples between steps, as inpainting makes them
+    solvers  a dict for each number N of calls: `timesteps` and `scale`, N numbers, what the network
+             is told and what its input is multiplied by; `levels`, N + 1 pairs alpha, sigma; and
+             `rows`. Where sampling begins with step `first`, above 0 in img2img, step first + i
+             gives the sum of what rows[first][i] weighs: the first sample, the network's i + 1
+             answers, and i changes of the samples between steps, as inpainting makes them
     prediction_type, num_train_timesteps  of the network, for which these rows were made
     """
 
@@ -34,8 +35,9 @@ class S4SScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._start: torch.Tensor
         self._given: torch.Tensor
-        self._answers: list[torch.Tensor] = []
-        self._changes: list[torch.Tensor] = []
+        self._asked: tuple[torch.Tensor, torch.Tensor] | None
+        self._answers: list[torch.Tensor]
+        self._changes: list[torch.Tensor]
         self.set_timesteps(max(self._solvers))
 
     def __len__(self) -> int:
@@ -79,7 +81,7 @@ class S4SScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.tensor(self._solver["timesteps"], dtype=torch.float32, device=device)
         flow = self.config["prediction_type"] == "flow_prediction"
         self.sigmas = torch.tensor([s if flow else s / a for a, s in self._solver["levels"]])
-        self._step_index = self._begin_index = None
+        self._step_index = self._begin_index = self._asked = None
         self._answers, self._changes = [], []
 
     def index_for_timestep(self, timestep: torch.Tensor | float) -> int:
@@ -94,11 +96,24 @@ class S4SScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{wanted:g} is none of this scheduler's timesteps {times}")
         return i
 
+    def _next(self, timestep: torch.Tensor | float) -> int:
+        """The step that comes next, which before the first the timestep may have to tell."""
+        if self._step_index is None:
+            begin = self._begin_index
+            return self.index_for_timestep(timestep) if begin is None else begin
+        if self._step_index == self.num_inference_steps:
+            raise ValueError(
+                f"all {self.num_inference_steps} steps are made: call set_timesteps to begin anew"
+            )
+        return self._step_index
+
     def scale_model_input(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None
+        self, sample: torch.Tensor, timestep: torch.Tensor | float
     ) -> torch.Tensor:
-        """Return the sample as it is."""
-        return sample
+        """Return what the network is to see of the sample before the next step."""
+        scale = self._solver["scale"][self._next(timestep)]
+        self._asked = sample, sample if scale == 1 else scale * sample
+        return self._asked[1]
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
@@ -136,21 +151,22 @@ class S4SScheduler(SchedulerMixin, ConfigMixin):
                 f"{tuple(sample.shape)}: it must answer with their shape (a learned variance split "
                 "off)"
             )
+        i, (given, seen) = self._next(timestep), self._asked or (None, None)
+        if seen is None and self._solver["scale"][i] != 1:
+            raise ValueError(
+                "this solver scales the network's input, and this pipeline hands it on as it is "
+                "(it does not call scale_model_input): learn a solver without a free first call"
+            )
+        sample = given if sample is seen else sample  # DiTPipeline hands on what the network saw
         wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if self._step_index is None:
-            begin = self._begin_index
-            self._first = self.index_for_timestep(timestep) if begin is None else begin
-            self._step_index, self._start = self._first, wide
-        elif self._step_index < self.num_inference_steps:
-            self._changes.append(wide - self._given)
+            self._first, self._start = i, wide
         else:
-            raise ValueError(
-                f"all {self.num_inference_steps} steps are made: call set_timesteps to begin anew"
-            )
+            self._changes.append(wide - self._given)
         self._answers.append(model_output.to(wide))
-        weights = self._solver["rows"][self._first][self._step_index - self._first]
+        weights = self._solver["rows"][self._first][i - self._first]
         terms = zip(weights, [self._start, *self._answers, *self._changes], strict=True)
         x = sum(weight * term for weight, term in terms if weight).to(sample.dtype)
         self._given = x.clone()  # the pipeline may write into x
-        self._step_index += 1
+        self._step_index, self._asked = i + 1, None
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
