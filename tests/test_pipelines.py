@@ -24,7 +24,7 @@ def seeded(make, *args, **options):
     """A network in float64 with random weights of its own, whatever ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = make(*args, **options).double()
+        net = make(*args, **options).double().eval()  # as from_pretrained gives it
         for p in net.parameters():  # AdaLN-Zero and output layers start at 0, where all agrees
             if not p.any():
                 torch.nn.init.normal_(p, std=0.05)
@@ -103,6 +103,65 @@ def stable_diffusion_3(text, **options):
         network, diffusers.FlowMatchEulerDiscreteScheduler(**options), vae(shift_factor=0.1),
         encoders[0], tokenizer, encoders[1], tokenizer, None, None,
     ))  # fmt: skip
+
+
+def stable_diffusion_xl(text, **options):
+    tokenizer, config = text
+    network = seeded(
+        diffusers.UNet2DConditionModel, sample_size=4, block_out_channels=(8, 8),
+        layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=56,
+    )  # fmt: skip
+    return quiet(diffusers.StableDiffusionXLPipeline(
+        vae(), seeded(transformers.CLIPTextModel, config),
+        seeded(transformers.CLIPTextModelWithProjection, config), tokenizer, tokenizer, network,
+        diffusers.EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+        ),
+    ))  # fmt: skip
+
+
+def t5():
+    return seeded(transformers.T5EncoderModel, transformers.T5Config(
+        vocab_size=514, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    ))  # fmt: skip
+
+
+def flux(text, guidance_embeds=True):
+    tokenizer, config = text
+    network = seeded(
+        diffusers.FluxTransformer2DModel, patch_size=1, in_channels=16, num_layers=1,
+        num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+        pooled_projection_dim=8, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    oracle = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return quiet(diffusers.FluxPipeline(
+        oracle, vae(shift_factor=0.1), seeded(transformers.CLIPTextModel, config), tokenizer, t5(),
+        tokenizer, network,
+    ))  # fmt: skip
+
+
+def wan(text):
+    tokenizer, _ = text
+    network = seeded(
+        diffusers.WanTransformer3DModel, num_attention_heads=2, attention_head_dim=12,
+        in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=16, num_layers=1,
+        rope_max_seq_len=32,
+    )  # fmt: skip
+    encoder = seeded(transformers.UMT5EncoderModel, transformers.UMT5Config(
+        vocab_size=514, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    ))  # fmt: skip
+    autoencoder = seeded(
+        diffusers.AutoencoderKLWan, base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False, True, True], latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 2.0, 0.5, 1.0],
+    )  # fmt: skip
+    oracle = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return quiet(diffusers.WanPipeline(tokenizer, encoder, autoencoder, oracle, network))
 
 
 def dit():
@@ -394,12 +453,52 @@ def test_a_trained_network_passes_and_its_wrong_configuration_does_not(one_sente
             s4s.from_diffusers((network, scheduler(**SD | wrong)))
 
 
-@pytest.mark.parametrize("option", [{"time_cond_proj_dim": 8}, {"class_embed_type": "timestep"}])
+@pytest.mark.parametrize(
+    "option",
+    [{"time_cond_proj_dim": 8}, {"class_embed_type": "timestep"}, {"addition_embed_type": "image"}],
+)
 def test_inputs_that_are_not_supplied_are_refused_by_name(text, one_sentence, option):
     pipe = stable_diffusion(text)
     pipe.unet.register_to_config(**option)
     with one_sentence("UNet2DConditionModel", *option, "from_noise_prediction"):
         s4s.from_diffusers(pipe, prompt="a cat", check=False)
+
+
+def with_option(pipeline, **option):
+    pipeline.register_to_config(**option)
+    return pipeline
+
+
+def refiner(pipeline):
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline
+    return kind(**pipeline.components, requires_aesthetics_score=True)
+
+
+def with_second(pipeline):
+    pipeline.register_modules(transformer_2=pipeline.transformer)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (lambda t: refiner(stable_diffusion_xl(t)), {},
+         ["the pipeline's requires_aesthetics_score"]),
+        (lambda t: with_option(wan(t), expand_timesteps=True), {}, ["expand_timesteps"]),
+        (lambda t: with_second(wan(t)), {}, ["the pipeline's transformer_2"]),
+        (wan, {}, ["WanTransformer3DModel", "shape=[4, 1, 32, 32]"]),
+        (wan, {"shape": [4, 4, 4]}, ["4 channels, frames, a height and a width", "[4, 4, 4]"]),
+        (flux, {"shape": [16, 4, 4]}, ["4 channels", "[16, 4, 4]"]),
+        (flux, {"shape": [4, 4, 5]}, ["FluxTransformer2DModel", "even", "[4, 4, 5]"]),
+        (lambda t: (flux(t).transformer, flux(t).scheduler), {"shape": [4, 4, 4]},
+         ["FluxTransformer2DModel", "whole pipeline"]),
+    ],
+)  # fmt: skip
+def test_what_is_not_supplied_to_larger_pipelines_is_named(
+    text, one_sentence, make, options, words
+):
+    with one_sentence(*words):
+        setup_of(make(text), **options)
 
 
 def test_a_controlnet_is_refused_by_name(text, one_sentence):
@@ -476,18 +575,93 @@ def test_prompts_are_one_text_or_a_list_of_texts(text, one_sentence, prompts):
             s4s.from_diffusers(stable_diffusion(text), prompts, check=False)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 7.5])
-@pytest.mark.parametrize("many", [["a cat", "a dog", "two owls"], [f"{i} owls" for i in range(40)]])
-def test_each_seed_has_its_prompt_of_a_list(text, many, guidance):
-    pipe = stable_diffusion(text)
-    setup = s4s.from_diffusers(pipe, many, guidance=guidance, check=False)
+THREE, FORTY = ["a cat", "a dog", "two owls"], [f"{i} owls" for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("make", "many", "guidance", "shape"),
+    [
+        (stable_diffusion, THREE, 1.0, None),
+        (stable_diffusion, FORTY, 7.5, None),
+        (stable_diffusion_xl, FORTY, 5.0, None),
+        (flux, THREE, 3.5, (4, 4, 4)),
+        (lambda text: flux(text, guidance_embeds=False), FORTY, 3.5, (4, 4, 4)),
+        (wan, THREE, 5.0, (4, 1, 4, 4)),
+    ],
+)
+def test_each_seed_has_its_prompt_of_a_list(text, make, many, guidance, shape):
+    pipe, options = make(text), {"guidance": guidance, "shape": shape, "check": False}
+    setup = s4s.from_diffusers(pipe, many, **options)
     grid, seeds = s4s.time_logsnr(setup.schedule, 3), [0, 1, 2, len(many) + 1]
     solver, x_T = Solver(unipc(grid), grid), s4s.initial_noise(setup, seeds)
     together = solver.sample(setup.denoiser_for(seeds), x_T)
     for i, seed in enumerate(seeds):
-        alone = s4s.from_diffusers(pipe, many[seed % len(many)], guidance=guidance, check=False)
+        alone = s4s.from_diffusers(pipe, many[seed % len(many)], **options)
         x = solver.sample(alone.denoiser, x_T[i : i + 1])
         torch.testing.assert_close(together[i : i + 1], x, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[:1], solver.sample(alone.denoiser, x_T[:1]), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "size"),
+    [
+        (stable_diffusion_xl, (4, 4, 8), (8, 16)),
+        (flux, (4, 4, 8), (8, 16)),
+        (wan, (4, 2, 4, 4), (32, 32)),
+    ],
+)
+def test_latents_are_decoded_as_their_pipelines_do(text, noise, monkeypatch, make, shape, size):
+    """Whatever the network is: what the decoder gets and gives is compared."""
+    pipe, z = make(text).to(torch.float32), noise(0, 1, *shape).float()
+    setup = setup_of(pipe, shape=shape, prompt="a")
+    own = diffusers.FluxPipeline._pack_latents(z, *z.shape) if make is flux else z
+    monkeypatch.setattr(
+        type(pipe.scheduler), "step", lambda self, answer, t, x, **options: (own.to(x),)
+    )
+    height, width = size
+    found = pipe("a", height=height, width=width, num_inference_steps=1, output_type="pt",
+                 **({"num_frames": 5} if make is wan else {}))[0]  # fmt: skip
+    expected = (setup.decode(z) / 2 + 0.5).clamp(0, 1)
+    same(expected.transpose(1, 2) if make is wan else expected, found)
+
+
+def test_a_solver_is_learned_for_a_video(text, one_sentence):
+    setup = setup_of(wan(text), shape=(4, 2, 4, 4), prompt=["a cat", "a dog"], guidance=3.0)
+    assert setup.params.distance == "l2"
+    grid = s4s.time_uniform(setup.schedule, 2)
+    teacher = s4s.make_teacher_set(setup, 2, 2)
+    *_, last = s4s.learn_coefficients(Solver(s4s.ddim(grid), grid), setup, teacher, epochs=1)
+    assert last.best.provenance["model"]["guidance"] == 3.0
+    with one_sentence("does not denoise"):
+        s4s.from_diffusers(wan(text), shape=(4, 2, 4, 4))
+
+
+def test_sdxl_is_told_the_size_of_the_picture(text, noise):
+    x, t = noise(0, 1, 4, 4, 4), torch.tensor(0.5, dtype=torch.float64)
+    pipe = stable_diffusion_xl(text)
+    small = setup_of(pipe).denoiser(x, t)
+    assert torch.equal(setup_of(pipe, shape=(4, 4, 4)).denoiser(x, t), small)
+    assert not torch.allclose(setup_of(pipe, shape=(4, 4, 8)).denoiser(x, t), small)
+
+
+def test_levels_are_found_again_behind_an_installed_solver(text):
+    zero = {"rescale_betas_zero_snr": True}
+    for oracle in (
+        scheduler(**SD),
+        scheduler(beta_schedule="squaredcos_cap_v2"),
+        scheduler(trained_betas=[0.001 * i for i in range(1, 101)], num_train_timesteps=100),
+        scheduler(**SD, **zero, prediction_type="v_prediction"),
+        diffusers.EulerDiscreteScheduler(**SD, **zero, prediction_type="v_prediction"),
+    ):
+        pipe = stable_diffusion(text)
+        pipe.scheduler = oracle
+        before = setup_of(pipe, prompt="a")
+        grid = s4s.time_logsnr(before.schedule, 3)
+        s4s.install(pipe, Solver(s4s.ddim(grid), grid))
+        again = setup_of(pipe, prompt="a")
+        assert again.schedule == before.schedule and again.model == before.model
+        x, t = torch.ones(1, 4, 4, 4, dtype=torch.float64), before.schedule.t_of_s(1.0)
+        assert torch.equal(again.denoiser(x, t), before.denoiser(x, t))
 
 
 def test_a_solver_is_learned_for_several_classes_at_once(one_sentence):

@@ -1,8 +1,7 @@
 """Solvers inside diffusers pipelines: the samples are those of our own loop, call for call.
 
 The networks are tiny and random. What is expected comes from `Solver.sample` on `from_diffusers`,
-or, for networks which that does not know, on the network with the conditions that the pipeline gave
-it.
+before and after a solver took the scheduler's place.
 """
 
 import json
@@ -14,18 +13,18 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-import transformers
 from test_pipelines import (
     SD,
     dit,
+    flux,
     ldm,
     quiet,
     scheduler,
-    seeded,
     stable_diffusion,
     stable_diffusion_3,
+    stable_diffusion_xl,
     unet,
-    vae,
+    wan,
 )
 from test_pipelines import text as text  # a fixture
 
@@ -62,89 +61,6 @@ def scaling(schedule):
     return Solver(solver.coefficients, replace(solver.grid, scale=scale))
 
 
-def stable_diffusion_xl(text, **options):
-    tokenizer, config = text
-    network = seeded(
-        diffusers.UNet2DConditionModel, sample_size=4, block_out_channels=(8, 8),
-        layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=56,
-    )  # fmt: skip
-    return quiet(diffusers.StableDiffusionXLPipeline(
-        vae(), seeded(transformers.CLIPTextModel, config),
-        seeded(transformers.CLIPTextModelWithProjection, config), tokenizer, tokenizer, network,
-        diffusers.EulerDiscreteScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
-        ),
-    ))  # fmt: skip
-
-
-def t5():
-    return seeded(transformers.T5EncoderModel, transformers.T5Config(
-        vocab_size=514, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-    ))  # fmt: skip
-
-
-def flux(text):
-    tokenizer, config = text
-    network = seeded(
-        diffusers.FluxTransformer2DModel, patch_size=1, in_channels=16, num_layers=1,
-        num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
-        pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-    oracle = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    return quiet(diffusers.FluxPipeline(
-        oracle, vae(shift_factor=0.1), seeded(transformers.CLIPTextModel, config), tokenizer, t5(),
-        tokenizer, network,
-    ))  # fmt: skip
-
-
-def wan(text):
-    tokenizer, _ = text
-    network = seeded(
-        diffusers.WanTransformer3DModel, num_attention_heads=2, attention_head_dim=12,
-        in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=16, num_layers=1,
-        rope_max_seq_len=32,
-    )  # fmt: skip
-    encoder = seeded(transformers.UMT5EncoderModel, transformers.UMT5Config(
-        vocab_size=514, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-    ))  # fmt: skip
-    autoencoder = seeded(
-        diffusers.AutoencoderKLWan, base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-    )  # fmt: skip
-    oracle = diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-    return quiet(diffusers.WanPipeline(tokenizer, encoder, autoencoder, oracle, network))
-
-
-def denoiser_of(pipeline, schedule, wrap, guidance=1.0):
-    """D by a network that from_diffusers does not know, under the conditions of its last call."""
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
-
-    def remember(module, args, kwargs):
-        if args:  # the UNet's are sample and timestep
-            kwargs = {"sample": args[0], "timestep": args[1], **kwargs}
-        seen.update(kwargs)
-
-    seen = {}
-    hook = network.register_forward_pre_hook(remember, with_kwargs=True)
-
-    def predict(x, t):
-        hook.remove()
-        own = "sample" if "sample" in seen else "hidden_states"
-        rows = len(seen[own]) // len(x)
-        unit = 1000 if isinstance(network, diffusers.FluxTransformer2DModel) else 1
-        time = schedule.network_time(t).float()[:1].expand(rows * len(x)) / unit
-        x_in = torch.cat([x] * rows).to(seen[own].dtype)
-        answers = network(**seen | {own: x_in, "timestep": time})[0].double().chunk(rows)
-        return answers[0] if rows == 1 else answers[0] + guidance * (answers[1] - answers[0])
-
-    return wrap(predict, schedule)
-
-
 def counted(pipeline):
     """The times of the network's calls, as they come."""
     network, calls = getattr(pipeline, "unet", None) or pipeline.transformer, []
@@ -171,12 +87,25 @@ def installed(pipeline, solver, guidance=None):
     return pipeline
 
 
+# How a pipeline is made, the guidance, the shape of a sample, and what the call needs beside them.
 KNOWN = {
-    "epsilon": (lambda text: stable_diffusion(text), 7.5),
-    "v_prediction": (lambda text: stable_diffusion(text, prediction_type="v_prediction"), 7.5),
-    "sample": (lambda text: stable_diffusion(text, prediction_type="sample"), 1.0),
-    "SD3": (lambda text: stable_diffusion_3(text, shift=3.0), 4.0),
-}
+    "epsilon": (stable_diffusion, 7.5, (4, 4, 4), {}),
+    "v_prediction": (
+        lambda text: stable_diffusion(text, prediction_type="v_prediction"), 7.5, (4, 4, 4), {},
+    ),
+    "sample": (
+        lambda text: stable_diffusion(text, prediction_type="sample"), 1.0, (4, 4, 4), {},
+    ),
+    "SD3": (lambda text: stable_diffusion_3(text, shift=3.0), 4.0, (4, 4, 4), {}),
+    "SDXL": (stable_diffusion_xl, 5.0, (4, 4, 8), {}),
+    "FLUX distilled": (flux, 3.5, (4, 4, 8), {}),
+    "FLUX": (
+        lambda text: flux(text, guidance_embeds=False), 3.5, (4, 4, 8),
+        {"negative_prompt": ["", ""], "true_cfg_scale": 3.5},
+    ),
+    "Wan": (wan, 3.0, (4, 2, 4, 4), {"num_frames": 5}),
+}  # fmt: skip
+FLOWS = {"SD3", "FLUX distilled", "FLUX", "Wan"}
 TABLES = {
     "corrector": lambda schedule: solver_on(schedule),
     "noise form": lambda schedule: solver_on(schedule, NFE, s4s.ipndm),
@@ -193,45 +122,37 @@ SCALED = ("free first call", "scales")
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [(name, table) for name in KNOWN for table in TABLES if name != "SD3" or table not in SCALED],
+    [(name, table) for name in ("epsilon", "v_prediction", "sample") for table in TABLES]
+    + [("SD3", table) for table in TABLES if table not in SCALED]
+    + [(name, "corrector") for name in ("SDXL", "FLUX distilled", "FLUX", "Wan")]
+    + [("SDXL", "scales")],
 )
 def test_pipelines_draw_what_the_solver_draws(text, noise, name, table):
-    make, guidance = KNOWN[name]
+    make, guidance, shape, options = KNOWN[name]
     pipeline = make(text).to(torch.float32)
-    setup = s4s.from_diffusers(pipeline, check=False, guidance=guidance, **PROMPT)
+    setup = s4s.from_diffusers(pipeline, check=False, guidance=guidance, shape=shape, **PROMPT)
     solver = TABLES[table](setup.schedule)
     installed(pipeline, solver)
-    calls, z = counted(pipeline), noise(0, 2, 4, 4, 4)
-    found = run(pipeline, z.float(), prompt=["a digit"] * 2, guidance_scale=guidance)
-    assert len(calls) == NFE == solver.nfe
-    # Pipelines of flows do not scale their noise.
-    sigma = 1.0 if name == "SD3" else setup.schedule.sigma(setup.schedule.T)
-    same(found, solver.sample(setup.denoiser, sigma * z))
-
-
-UNKNOWN = {
-    "SDXL": (stable_diffusion_xl, VPDiscrete(), s4s.from_noise_prediction, 5.0, (2, 4, 4, 4), 8),
-    "FLUX": (flux, RectifiedFlow(), s4s.from_flow, 3.5, (2, 4, 16), 8),
-    "Wan": (wan, RectifiedFlow(shift=3.0), s4s.from_flow, 1.0, (2, 4, 1, 4, 4), 32),
-}
-
-
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_pipelines_of_other_networks_draw_what_the_solver_draws(text, noise, name):
-    make, schedule, wrap, guidance, shape, side = UNKNOWN[name]
-    pipeline, solver = make(text).to(torch.float32), solver_on(schedule)
-    denoiser = denoiser_of(pipeline, schedule, wrap, guidance)
-    installed(pipeline, solver)
-    calls, z = counted(pipeline), noise(0, *shape)
-    options = {"num_frames": 1} if name == "Wan" else {}
-    options |= {"max_sequence_length": 16} if name != "SDXL" else {}
+    again = s4s.from_diffusers(pipeline, check=False, guidance=guidance, shape=shape, **PROMPT)
+    calls, z = counted(pipeline), noise(0, 2, *shape)
+    factor = 8 if name == "Wan" else 2
+    height, width = (factor * n for n in shape[-2:])
     found = run(
-        pipeline, z.float(), prompt=["a digit"] * 2, guidance_scale=guidance, height=side,
-        width=side, **options,
+        pipeline, packed(name, z.float()), prompt=["a digit"] * 2, guidance_scale=guidance,
+        height=height, width=width, **options,
     )  # fmt: skip
-    assert len(calls) == NFE
-    sigma = schedule.sigma(schedule.T) if name == "SDXL" else 1.0
-    same(found, solver.sample(denoiser, sigma * z))
+    # True guidance costs FLUX and Wan a call of its own.
+    assert len(calls) == NFE * (1 + (name in ("FLUX", "Wan"))) and solver.nfe == NFE
+    # Pipelines of flows do not scale their noise.
+    sigma = 1.0 if name in FLOWS else setup.schedule.sigma(setup.schedule.T)
+    for same_model in (setup, again):
+        same(found, packed(name, solver.sample(same_model.denoiser, sigma * z)))
+
+
+def packed(name, z):
+    if not name.startswith("FLUX"):
+        return z
+    return diffusers.FluxPipeline._pack_latents(z, *z.shape)
 
 
 @pytest.mark.parametrize("table", ["corrector", "scales"])
@@ -256,7 +177,7 @@ def test_pipelines_of_classes_and_of_none_draw_what_the_solver_draws(make, table
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("name", ["epsilon", "SD3"])
 def test_half_precision_stays_near(text, noise, name, dtype, tolerance):
-    make, guidance = KNOWN[name]
+    make, *_ = KNOWN[name]
     z, found = noise(0, 2, 4, 4, 4), {}
     for precision in (torch.float64, dtype):
         pipeline = make(text).to(precision)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError, choose, optional_import, write_atomically
-from ..models.diffusers_pipeline import PREDICTION_TYPES
+from ..models.diffusers_pipeline import PREDICTION_TYPES, alphas_cumprod
 from ..schedule import NoiseSchedule, RectifiedFlow, VPDiscrete, VPTable
 from ..solver import Solver
 from .compiled import answering, check_linear
@@ -119,7 +119,7 @@ def install(pipeline: Any, solver: AnySolver, guidance: float | None = None) -> 
     if type(old).__name__.startswith("FlowMatch"):
         prediction = "flow_prediction"
     if prediction != "flow_prediction":
-        _check_levels(family.schedule, _levels(old, config, diffusers))
+        _check_levels(family.schedule, alphas_cumprod(old))
     for one in family.solvers:
         _check_guidance(one, guidance)
     network = getattr(pipeline, "unet", None)
@@ -136,18 +136,6 @@ def install(pipeline: Any, solver: AnySolver, guidance: float | None = None) -> 
         )
     new.register_to_config(**config | dict(new.config))
     pipeline.scheduler = new
-
-
-def _levels(scheduler: Any, config: dict[str, Any], diffusers: Any) -> Tensor:
-    """alphas_cumprod of a scheduler, or of the one whose place an S4SScheduler has taken."""
-    if type(scheduler).__name__ == "S4SScheduler" and "beta_schedule" in config:
-        scheduler = diffusers.DDPMScheduler.from_config(config)
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise UsageError(
-            f"{type(scheduler).__name__} has no alphas_cumprod and is no flow-matching scheduler: "
-            "give the pipeline the scheduler that its network was trained with"
-        )
-    return scheduler.alphas_cumprod.double().cpu()
 
 
 def _check_levels(schedule: NoiseSchedule, levels: Tensor) -> None:

@@ -151,13 +151,14 @@ class S4SScheduler(SchedulerMixin, ConfigMixin):
                 f"{tuple(sample.shape)}: it must answer with their shape (a learned variance split "
                 "off)"
             )
-        i, (given, seen) = self._next(timestep), self._asked or (None, None)
-        if seen is None and self._solver["scale"][i] != 1:
+        i, asked = self._next(timestep), self._asked
+        if asked is None and self._solver["scale"][i] != 1:
             raise ValueError(
                 "this solver scales the network's input, and this pipeline hands it on as it is "
                 "(it does not call scale_model_input): learn a solver without a free first call"
             )
-        sample = given if sample is seen else sample  # DiTPipeline hands on what the network saw
+        if asked is not None and sample is asked[1]:
+            sample = asked[0]  # DiTPipeline hands on what the network saw
         wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if self._step_index is None:
             self._first, self._start = i, wide
