@@ -73,10 +73,11 @@ class KSAMPLER:
         self.sampler_function, self.extra_options = sampler_function, extra_options
 
     def max_denoise(self, model_wrap, sigmas):
-        return math.isclose(model_wrap.model_sampling.sigma_max, sigmas[0], rel_tol=1e-5)
+        sigma_max = model_wrap.inner_model.model_sampling.sigma_max
+        return math.isclose(sigma_max, sigmas[0], rel_tol=1e-5)
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image):
-        sampling = model_wrap.model_sampling
+        sampling = model_wrap.inner_model.model_sampling
         x = sampling.noise_scaling(
             sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas)
         )
@@ -125,7 +126,7 @@ def comfy(tmp_path, monkeypatch):
         ComfyNode=type("ComfyNode", (), {}),
         Schema=SimpleNamespace,
         NodeOutput=lambda *values: values,
-        **{n: sockets(n.upper()) for n in ("Model", "Combo", "Sampler", "Sigmas")},
+        **{n: sockets(n.upper()) for n in ("Model", "Combo", "Int", "Sampler", "Sigmas")},
     )
     extension = type("ComfyExtension", (), {})
     module("comfy_api", latest=module("comfy_api.latest", io=io, ComfyExtension=extension))
@@ -151,6 +152,13 @@ def solver_on(schedule, nfe=4, snap=True):
     return s4s.snap_to_levels(solver) if schedule == SD and snap else solver
 
 
+def guider(model_sampling, **options):
+    """What a sampler is handed as model_wrap: the guider, with the model inside."""
+    config = SimpleNamespace(unet_config=options.pop("unet_config", {}))
+    inner = SimpleNamespace(model_sampling=model_sampling, model_config=config)
+    return SimpleNamespace(inner_model=inner, **options)
+
+
 def model_of(model_sampling):
     return SimpleNamespace(get_model_object=lambda name: {"model_sampling": model_sampling}[name])
 
@@ -167,10 +175,10 @@ def test_a_picture_is_the_solvers_own(comfy, node, model_sampling, denoiser, noi
     schedule, z, seen = denoiser.schedule, noise(0, 2, 4, 3, 3), []
     solver = solver_on(schedule)
     solver.save(comfy.models / "mine.json")
-    sampler, sigmas = node.execute(model_of(model_sampling), "mine.json")
+    sampler, sigmas = node.execute(model_of(model_sampling), "mine.json", 4)
     assert sigmas.dtype == torch.float32 and sigmas.shape == (solver.nfe + 1,)
     samples = sampler.sample(
-        SimpleNamespace(model_sampling=model_sampling),
+        guider(model_sampling),
         sigmas.double(),  # their rounding is all that differs
         {"seed": 0},
         lambda *found: seen.append(found),
@@ -198,27 +206,61 @@ def test_a_file_for_another_model_is_refused(
 ):
     solver_on(schedule).save(comfy.models / "mine.json")
     with one_sentence(*words, "choose a solver file"):
-        node.execute(model_of(model_sampling), "mine.json")
+        node.execute(model_of(model_sampling), "mine.json", 4)
 
 
 def test_calls_that_the_model_would_round_are_warned_of(comfy, node):
     solver_on(SD, snap=False).save(comfy.models / "mine.json")
     with pytest.warns(UserWarning, match="snap_to_levels"):
-        node.execute(model_of(EPS()), "mine.json")
+        node.execute(model_of(EPS()), "mine.json", 4)
 
 
 def test_levels_of_another_node_are_refused(comfy, node, noise, one_sentence):
     solver_on(SD).save(comfy.models / "mine.json")
-    sampler, sigmas = node.execute(model_of(EPS()), "mine.json")
-    wrap, z = SimpleNamespace(model_sampling=EPS()), noise(0, 1, 4, 3, 3)
+    sampler, sigmas = node.execute(model_of(EPS()), "mine.json", 4)
+    wrap, z = guider(EPS()), noise(0, 1, 4, 3, 3)
     with one_sentence("own 5 noise levels"):
         sampler.sample(wrap, sigmas * 0.9, {"seed": 0}, print, z, torch.zeros_like(z))
+
+
+def test_steps_choose_a_solver_of_a_family(comfy, node, one_sentence):
+    family = s4s.SolverFamily([solver_on(SD, 4), solver_on(SD, 6)])
+    family.save(comfy.models / "family.json")
+    for steps in (4, 6):
+        sampler, sigmas = node.execute(model_of(EPS()), "family.json", steps)
+        assert sampler.extra_options["solver"] == family[steps] and len(sigmas) == steps + 1
+    with one_sentence("5 network calls", "4, 6"):
+        node.execute(model_of(EPS()), "family.json", 5)
+
+
+@pytest.mark.parametrize(
+    ("learned", "options", "warned"),
+    [
+        (7.5, {"cfg": 7.5}, False),
+        (7.5, {"cfg": 1.0}, True),
+        (None, {"cfg": 1.0}, False),
+        (7.5, {}, False),
+        (3.5, {"cfg": 1.0, "unet_config": {"guidance_embed": True}}, False),
+        (3.5, {"cfg": 1.0, "unet_config": {"guidance_embed": False}}, True),
+    ],
+)
+def test_another_guidance_is_warned_of(comfy, node, noise, recwarn, learned, options, warned):
+    solver = solver_on(SD)
+    if learned is not None:
+        solver = solver.learned_for({"name": "a", "guidance": learned, "weights": {}})
+    solver.save(comfy.models / "mine.json")
+    sampler, sigmas = node.execute(model_of(EPS()), "mine.json", 4)
+    z = noise(0, 1, 4, 3, 3)
+    sampler.sample(guider(EPS(), **options), sigmas, {"seed": 0}, print, z, 0 * z)
+    found = [str(w.message) for w in recwarn]
+    assert found == [w for w in found if f"guidance {learned:g}" in w and "cfg 1" in w]
+    assert len(found) == warned
 
 
 def test_a_broken_file_is_told_by_name(comfy, node, one_sentence):
     (comfy.models / "broken.json").write_text("{")
     with one_sentence("broken.json"):
-        node.execute(model_of(EPS()), "broken.json")
+        node.execute(model_of(EPS()), "broken.json", 4)
 
 
 def test_a_file_that_was_learned_again_is_read_again(comfy, node):

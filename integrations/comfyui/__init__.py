@@ -1,4 +1,4 @@
-"""A ComfyUI node: an S4S solver file as a SAMPLER and the SIGMAS that go with it."""
+"""A ComfyUI node: a solver, or one of a family, as a SAMPLER and the SIGMAS that go with it."""
 
 import math
 import warnings
@@ -11,7 +11,8 @@ import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from s4s_core import RectifiedFlow, Solver, UsageError, sample_s4s, sigmas_of
+from s4s_core import RectifiedFlow, Solver, SolverFamily, UsageError, sample_s4s, sigmas_of
+from s4s_core.deploy.install import learned_guidance
 from s4s_core.models.diffusers_pipeline import LOWEST_LAM
 
 FOLDER = "s4s"  # solver files lie in ComfyUI/models/s4s
@@ -21,11 +22,26 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 class S4SKSampler(comfy.samplers.KSAMPLER):
     """A sampler that starts at pure noise of standard deviation s, which solvers are learned for.
 
-    At a model's highest level ComfyUI would take sqrt(1 + s^2).
+    At a model's highest level ComfyUI would take sqrt(1 + s^2). It hands over its guider as
+    `model_wrap`, of which a solver of another guidance warns.
     """
 
     def max_denoise(self, model_wrap: Any, sigmas: Any) -> bool:
         return False
+
+    def sample(self, model_wrap: Any, *args: Any, **kwargs: Any) -> Any:
+        learned = learned_guidance(self.extra_options["solver"])
+        cfg = getattr(model_wrap, "cfg", None)  # guiders of other kinds have none
+        config = getattr(model_wrap.inner_model, "model_config", None)
+        # Such a network, as FLUX.1-dev, is told the guidance by its prompt.
+        distilled = getattr(config, "unet_config", {}).get("guidance_embed")
+        if None not in (learned, cfg) and learned != cfg and not distilled:
+            warnings.warn(
+                f"the solver was learned for guidance {learned:g}, not for cfg {cfg:g}: sample "
+                f"with {learned:g}, or learn one for {cfg:g}",
+                stacklevel=2,
+            )
+        return super().sample(model_wrap, *args, **kwargs)
 
 
 def check_model(solver: Solver, model_sampling: Any) -> None:
@@ -74,6 +90,7 @@ class S4SSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model"),
                 io.Combo.Input("solver", options=folder_paths.get_filename_list(FOLDER)),
+                io.Int.Input("steps", default=5, min=1, tooltip="network calls of a picture"),
             ],
             outputs=[io.Sampler.Output(), io.Sigmas.Output()],
         )
@@ -84,8 +101,8 @@ class S4SSampler(io.ComfyNode):
         return Path(folder_paths.get_full_path_or_raise(FOLDER, solver)).stat().st_mtime_ns
 
     @classmethod
-    def execute(cls, model: Any, solver: str) -> io.NodeOutput:
-        loaded = Solver.load(folder_paths.get_full_path_or_raise(FOLDER, solver))
+    def execute(cls, model: Any, solver: str, steps: int) -> io.NodeOutput:
+        loaded = SolverFamily.load(folder_paths.get_full_path_or_raise(FOLDER, solver))[steps]
         check_model(loaded, model.get_model_object("model_sampling"))
         sampler = S4SKSampler(sample_s4s, {"solver": loaded})
         return io.NodeOutput(sampler, sigmas_of(loaded).float())

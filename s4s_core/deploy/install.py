@@ -162,10 +162,15 @@ def _check_levels(schedule: NoiseSchedule, levels: Tensor) -> None:
         )
 
 
+def learned_guidance(solver: Solver) -> float | None:
+    """Return the guidance that the solver was learned for; None if it does not say."""
+    model = solver.provenance.get("model")
+    return model.get("guidance") if isinstance(model, dict) else None
+
+
 def _check_guidance(solver: Solver, guidance: float | None) -> None:
     """Raise UsageError if the solver says that it was learned for another guidance."""
-    model = solver.provenance.get("model")
-    learned = model.get("guidance") if isinstance(model, dict) else None
+    learned = learned_guidance(solver)
     if None not in (guidance, learned) and guidance != learned:
         raise UsageError(
             f"the solver with {solver.nfe} network calls was learned for guidance {learned}, not "
