@@ -23,9 +23,11 @@ from s4s_core import (
     Setup,
     Solver,
     TeacherSet,
+    VPDiscrete,
     dpm_solver_v3,
     from_denoiser,
     ipndm,
+    make_scheduler,
     time_logsnr,
 )
 from s4s_core.learn import learn_coefficients
@@ -129,6 +131,35 @@ def test_sampling_against_its_network_calls(benchmark, name):
 
     benchmark.pedantic(sample, rounds=4, warmup_rounds=1)
     benchmark.extra_info["ratio"] = round(statistics.median(ratios[1:]), 4)
+
+
+@on_cpu_time
+@pytest.mark.parametrize("name", ["unipc", "generalised"])
+def test_a_scheduler_step_against_that_of_unipc_in_diffusers(benchmark, name):
+    """Target: 1, for latents of 1024 x 1024 pixels without a network."""
+    from diffusers import UniPCMultistepScheduler
+
+    grid = time_logsnr(VPDiscrete(), NFE)
+    ours = make_scheduler(Solver(FAMILIES[name](grid, 3), grid))
+    theirs = UniPCMultistepScheduler(solver_order=3, beta_schedule="scaled_linear")
+    x_T, answer = torch.randn(2, 1, 4, 128, 128).unbind()
+
+    def sample(scheduler):
+        for _ in range(20):
+            scheduler.set_timesteps(NFE)
+            x = x_T
+            for t in scheduler.timesteps:
+                scheduler.scale_model_input(x, t)
+                x = scheduler.step(answer, t, x, return_dict=False)[0]
+
+    def seconds(scheduler):
+        began = user_seconds()
+        sample(scheduler)
+        return user_seconds() - began
+
+    ratios = [seconds(ours) / seconds(theirs) for _ in range(5)]
+    benchmark.pedantic(sample, (ours,), rounds=3)
+    benchmark.extra_info["ratio"] = round(statistics.median(ratios), 4)
 
 
 def learning(setup: Setup, nfe: int):
