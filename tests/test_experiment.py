@@ -36,6 +36,7 @@ from s4s_core.models import zoo
 from s4s_core.params import Params
 
 TINY = {
+    "learner": "first_order",
     "teacher_nfe": 10,
     "n_train": 8,
     "n_valid": 4,

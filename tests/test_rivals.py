@@ -132,6 +132,7 @@ def test_experiments_run_the_rivals_by_name(tmp_path, monkeypatch, learn, name):
 def test_experiments_switch_coefficients_of_x_and_consistency_on_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("S4S_RESULTS", str(tmp_path))
     settings = {"n_train": 40, "n_valid": 20, "epochs": 1, "fid_samples": 200}
+    settings["learner"] = "first_order"
     learned = {}
     for name in ("states", "consistent"):
         chosen = {**settings, name: 1 if name == "states" else True}

@@ -296,6 +296,29 @@ def plot_pca(
 
 
 @mpl.rc_context(STYLE)
+def plot_map(vectors: Mapping[str, Any], ax: Axes | None = None) -> Axes:
+    """Draw named vectors of one length as points in the plane of their `principal_components`.
+
+    The first word of a name chooses colour and marker: solvers of one family look alike.
+    """
+    ax = _axes(ax, (7.5, 4.0))
+    points, shares = principal_components([{"name": n, "b": v} for n, v in vectors.items()])
+    families = list(dict.fromkeys(name.split()[0] for name in vectors))
+    for row in points:
+        name, place = row["name"], families.index(row["name"].split()[0])
+        color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+        ax.plot(row["pc1"], row["pc2"], marker, color=color, ms=9, alpha=0.8, label=name)
+        ax.annotate(name.split()[-1], (row["pc1"], row["pc2"]), (5, 5),
+                    textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
+    ax.set(
+        xlabel=f"first component ({shares[0]:.0%} of variance)",
+        ylabel=f"second component ({shares[1]:.0%})",
+    )
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+@mpl.rc_context(STYLE)
 def show_images(
     x: Any, rows: int | None = None, ax: Axes | None = None, title: str | None = None
 ) -> Axes:
