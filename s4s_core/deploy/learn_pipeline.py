@@ -12,8 +12,9 @@ import torch
 
 from .. import __version__
 from ..denoiser import CallCounter
-from ..errors import UsageError, choose, optional_import, require_whole
+from ..errors import UsageError, choose, optional_import, require_whole, writing
 from ..evaluate import interval
+from ..experiments.cache import try_folder
 from ..experiments.experiment import SEARCHED
 from ..experiments.run import BLOCKS, cached_teacher_set, sample_errors
 from ..gauss_newton import SMALL_STEPS, STEPS_AN_EPOCH, learn_gauss_newton
@@ -95,6 +96,7 @@ def prepare(
     setup = from_diffusers(loaded, lines, class_labels, guidance, check=check)
     params = setup.params.override_for("s4s learn", READS, DEFAULTS | (settings or {}))
     require_whole("fid_samples", params.fid_samples, 2 * BLOCKS)
+    choose("distance", params.distance, ("l2", "lpips"))
     setup = setup.variant(params=params.override(precision=dtype))
     read = {name: value for name, value in asdict(params).items() if name in READS}
     record = {
@@ -123,6 +125,8 @@ def prepare(
         _scheduler(loaded, SolverFamily(starts.values()), guidance)
     for nfe in starts:
         _rival(setup, nfe)
+    with writing(folder, "choose another folder"):
+        try_folder(folder)
     if params.distance == "l2":  # of the latents themselves, if there are any
         setup = setup.variant(decode=lambda x: x)
     digest = hashlib.sha256(repr((model, record)).encode()).hexdigest()[:16]
