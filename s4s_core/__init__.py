@@ -25,6 +25,7 @@ from .denoiser import (
 )
 from .deploy.compiled import CompiledSolver, compile_solver
 from .deploy.family import SolverFamily
+from .deploy.hub import push_to_hub, save_pretrained
 from .deploy.install import install, make_scheduler, save_pipeline
 from .deploy.k_diffusion import sample_s4s, sigmas_of, snap_to_levels
 from .errors import UsageError, choose, progress

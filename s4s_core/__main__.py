@@ -1,4 +1,4 @@
-"""The command `s4s`, or `python -m s4s_core`: run an experiment, fetch files, list names."""
+"""The command `s4s`, or `python -m s4s_core`: run, learn for a pipeline, fetch, list names."""
 
 import argparse
 import os
@@ -6,12 +6,13 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from .deploy.learn_pipeline import estimate, learn_missing, prepare
 from .errors import UsageError, shown
 from .experiments.experiment import DPM_SOLVER_V3, GRID_NAMES, LEARN, Experiment
 from .experiments.run import run
 from .learn import LearningDivergedError
 from .models.zoo import fetch_files
-from .params import FULL, Params, datasets, load_params, read_yaml, settings_for
+from .params import FULL, PRECISIONS, Params, datasets, load_params, read_yaml, settings_for
 from .published import SOLVERS
 
 _HELP = {
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="s4s", description="Learn fast solvers of diffusion ODEs."
     )
-    commands = parser.add_subparsers(required=True, metavar="run | fetch | list")
+    commands = parser.add_subparsers(required=True, metavar="run | learn | fetch | list")
 
     runs = commands.add_parser(
         "run", help="learn a solver, measure it, write it to a JSON file",
@@ -40,15 +41,32 @@ def main(arguments: list[str] | None = None) -> None:
         if f.name != "settings":
             runs.add_argument(f"--{f.name}", type=f.type, default=f.default, help=_HELP[f.name])
     runs.add_argument("--preset", default=FULL, help="named settings of params/<dataset>.yaml")
-    runs.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace a setting, e.g. --set epochs=3; s4s list settings names them",
-    )
     runs.add_argument("--out", metavar="FILE", help="the solver file; without, in results/")
     runs.set_defaults(command=_run)
+
+    learns = commands.add_parser(
+        "learn", help="learn solvers for a diffusers pipeline, write a folder for the Hub",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = learns.add_argument
+    add("--pipeline", required=True, help="a folder that diffusers wrote, or a name on the Hub")
+    add("--prompts", metavar="FILE", help="a prompt in each line; noises take them in turn")
+    add("--class-labels", type=int, nargs="+", metavar="N", help="of a class-conditional network")
+    add("--guidance", type=float, default=1.0, help="scale of classifier-free guidance")
+    add("--nfe", type=int, nargs="+", default=[5], metavar="N", help=_HELP["nfe"])
+    add("--dtype", default="float32", help=f"of the network: {', '.join(PRECISIONS)}")
+    add("--no-check", dest="check", action="store_false", help="leave out the self-test")
+    add("--out", required=True, metavar="FOLDER", help="where the solvers and their card go")
+    learns.set_defaults(command=_learn)
+
+    for command in (runs, learns):
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="replace a setting, e.g. --set epochs=3; s4s list settings names them",
+        )
 
     fetch = commands.add_parser("fetch", help="download all files that a dataset needs")
     fetch.add_argument("dataset", help=", ".join(datasets()))
@@ -83,6 +101,19 @@ def _run(preset: str, out: str | None, **given) -> None:
     cost = f"{result.evaluations} samples seen by the network, {result.backward} differentiated"
     print(f"seconds of learning  {result.seconds:.1f} ({cost})")
     print(f"solver  {path}")
+
+
+def _learn(out: str, nfe: list[int], **given) -> None:
+    settings = dict(_setting(text) for text in given.pop("set"))
+    try:
+        job = prepare(given.pop("pipeline"), out, nfe, settings=settings, **given)
+        for line in estimate(job) if job.starts else ():
+            print(line, flush=True)
+        for line in learn_missing(job):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {out} has what is learned; the same command learns what is missing")
+    print(f"solvers  {out}")
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -10,7 +10,7 @@ quantised or remote network will do. (With `jacobian: jvp` it is the network's o
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .denoiser import Denoiser
-from .errors import UsageError, choose, progress
+from .errors import UsageError, choose, halve_batch, progress
 from .grid import LearnedGrid, TimeGrid
 from .learn import Epoch, LearningDivergedError, check_fit
 from .objective import Embedding, feature_embedding, lpips_embedding, pixel_embedding
@@ -33,6 +33,7 @@ BLOCKS = ("phi", "xi", "first")
 FIRST = 0.0  # logit of where a free first call begins: at T itself its level changes nothing
 STEPS_AN_EPOCH = 4  # between two looks at the validation pairs
 SMALL_STEPS = 16  # of a quarter of the pairs, and by which the best of several starts is chosen
+ANY_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PATIENCE = 4  # epochs without a validation loss that is 1 % lower
 
 
@@ -281,6 +282,25 @@ class _Problem:
 
     def loss(self, theta: Tensor, pairs: Tensor) -> float:
         """Return the mean distance; infinite where theta is no solver, as when times meet."""
+        return self._fitting(self._loss, theta, pairs)
+
+    def normal_equations(self, theta: Tensor, pairs: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Return |r|^2, J' r and J' J, each its mean over the pairs.
+
+        Network calls are spent on derivatives in the numbers that the loop reads; the chain rule
+        from these to theta is a small matrix, so that a step in all times costs no call of its own.
+        """
+        return self._fitting(self._normal_equations, theta, pairs)
+
+    def _fitting(self, compute: Callable[..., Any], theta: Tensor, pairs: Tensor) -> Any:
+        """Compute, in ever smaller parts if memory asks for it."""
+        while True:
+            try:
+                return compute(theta, pairs)
+            except torch.OutOfMemoryError:
+                self.rows = halve_batch(self.rows, "learning")
+
+    def _loss(self, theta: Tensor, pairs: Tensor) -> float:
         total = 0.0
         try:
             with torch.no_grad():
@@ -292,12 +312,7 @@ class _Problem:
             return math.inf
         return total / len(pairs) if math.isfinite(total) else math.inf
 
-    def normal_equations(self, theta: Tensor, pairs: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Return |r|^2, J' r and J' J, each its mean over the pairs.
-
-        Network calls are spent on derivatives in the numbers that the loop reads; the chain rule
-        from these to theta is a small matrix, so that a step in all times costs no call of its own.
-        """
+    def _normal_equations(self, theta: Tensor, pairs: Tensor) -> tuple[float, Tensor, Tensor]:
         with torch.no_grad():
             table = self.student.numbers(theta)
         read = [name for name in _READ if getattr(table, name) is not None]
@@ -323,7 +338,7 @@ class _Problem:
         for part in pairs.split(max(1, self.rows // len(chain))):
             network, x_T = self._network(part), self.x_T[part]
             if self.step is not None:
-                network = _black_box(network, self.step)
+                network = _black_box(network, self.step, self.rows)
 
             def embedded(step: Tensor, network=network, x_T=x_T) -> tuple[Tensor, Tensor]:
                 e = self.embed(_end(network, x_T, moved(step)))
@@ -422,14 +437,16 @@ def _embedding(setup: Setup, params: Params) -> Embedding:
 # --- The derivative of a network that is only called ------------------------------------------
 
 
-def _black_box(network: Denoiser, step: float) -> Denoiser:
+def _black_box(network: Denoiser, step: float, rows: int) -> Denoiser:
     """The same network, with a forward derivative by differences for `torch.func.jacfwd`.
 
-    Inside jacfwd all numbers are where x is; the network gets its time on the CPU, as always.
+    Inside jacfwd all numbers are where x is; the network gets its time on the CPU, as always, and
+    at most so many rows at once, where a single pair has more derivatives than these.
     """
 
     def call(x: Tensor, t: Tensor) -> Tensor:
-        return network(x, t.cpu())
+        with sdpa_kernel(ANY_ATTENTION):  # the network is not differentiated
+            return torch.cat([network(part, t.cpu()) for part in x.split(rows)])
 
     def differences(x: Tensor, t: Tensor, D: Tensor, dx: Tensor, dt: Tensor) -> Tensor:
         """dx (P, B, ...), dt (P,) -> dD (P, B, ...); a tangent of zero costs no call."""

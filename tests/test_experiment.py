@@ -344,7 +344,7 @@ def test_what_learning_cost_the_network_is_counted(learner, monkeypatch):
     learned = run_module._learned
 
     def counting(experiment, setup, path):
-        run_module._teacher_set(setup, experiment.seed, alt=True)  # made before, and kept
+        run_module.cached_teacher_set(setup, experiment.seed, alt=True)  # made before, and kept
 
         def denoiser(x, t):
             seen.append(len(x))

@@ -111,8 +111,9 @@ def test_a_weight_costs_the_calls_after_it(problem, blocks, calls):
     assert counting.rows == 10 * (5 + calls)
 
 
-def test_no_call_has_more_rows_than_the_setting_allows(problem):
-    setup, teacher = problem(sample_batch_size=50)
+@pytest.mark.parametrize("rows", [50, 5])  # 5 are fewer than the derivatives of one pair
+def test_no_call_has_more_rows_than_the_setting_allows(problem, rows):
+    setup, teacher = problem(sample_batch_size=rows, n_train_alt=40)
     grid, seen = time_edm(setup.schedule, 4), []
 
     def denoiser(x, t):
@@ -120,8 +121,30 @@ def test_no_call_has_more_rows_than_the_setting_allows(problem):
         return setup.denoiser(x, t)
 
     start = Solver(s4s.ipndm(grid, 3), grid)
-    list(learn_gauss_newton(start, replace(setup, denoiser=denoiser), teacher))
-    assert max(seen) <= 50
+    list(learn_gauss_newton(start, replace(setup, denoiser=denoiser), teacher, epochs=1))
+    assert max(seen[20:]) <= rows  # before these it looks for its step at 8 pairs
+
+
+def test_what_does_not_fit_into_memory_is_computed_in_smaller_parts(problem, capsys):
+    setup, teacher = problem(sample_batch_size=64)
+    grid = time_edm(setup.schedule, 4)
+    start, found = Solver(s4s.ipndm(grid, 3), grid), []
+    student = _Student(start, setup.params, ("phi", "xi"), None)
+
+    def small(x, t):
+        if len(x) > 20:
+            raise torch.OutOfMemoryError(f"{len(x)} samples")
+        return setup.denoiser(x, t)
+
+    for denoiser in (setup.denoiser, small):
+        problem = _Problem(student, replace(setup, denoiser=denoiser), teacher, setup.params)
+        problem.step = 1e-6  # of the size of x in a part, which so makes no difference
+        theta, pairs = torch.zeros(student.size, dtype=torch.float64), torch.arange(32)
+        loss, g, G = problem.normal_equations(theta, pairs)
+        found.append([torch.tensor([loss, problem.loss(theta, pairs)]), g, G])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    assert "learning: a batch of 64 does not fit into memory" in capsys.readouterr().err
 
 
 def test_learning_by_calls_alone_lowers_the_loss_of_unseen_noises(problem):

@@ -344,7 +344,7 @@ def test_classes_and_captions_are_embedded_as_the_file_says(imagenet, stable_dif
 def test_captions_come_from_a_table_too(stable_diffusion, tmp_path, one_sentence):
     files, *_ = stable_diffusion
     (tmp_path / "table.csv").write_text('image_id,text\n7,"a dog, tac"\n8,cat\n')
-    assert latent._captions(tmp_path / "table.csv") == ["a dog, tac", "cat"]
+    assert latent.read_captions(tmp_path / "table.csv") == ["a dog, tac", "cat"]
     (tmp_path / "other.csv").write_text("image_id,words\n7,cat\n")
     with one_sentence("other.csv", "captions"):
         load_stable_diffusion(*files[:3], tmp_path / "other.csv")
@@ -361,7 +361,7 @@ def test_captions_come_from_a_table_too(stable_diffusion, tmp_path, one_sentence
 )
 def test_captions_are_what_their_lines_say(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content.encode())
-    assert latent._captions(tmp_path / name) == expected
+    assert latent.read_captions(tmp_path / name) == expected
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_captions_are_what_their_lines_say(tmp_path, name, content, expected):
 def test_captions_that_cannot_be_read_are_refused(tmp_path, one_sentence, content):
     (tmp_path / "a.csv").write_bytes(content)
     with one_sentence("a.csv", "captions"):
-        latent._captions(tmp_path / "a.csv")
+        latent.read_captions(tmp_path / "a.csv")
 
 
 # --- Networks as functions ---------------------------------------------------------------------

@@ -35,8 +35,9 @@ FOLDERS = {
     "experiments": (["cache", "experiment", "run", "tables", "plot"], ["models", "baselines"]),
     "lessons": (["density", "exact", "interactive"], ["experiments"]),
     "deploy": (
-        ["compiled", "family", "part", "k_diffusion", "s4s_scheduler", "install"],
-        ["models"],
+        ["compiled", "family", "part", "k_diffusion", "s4s_scheduler", "install", "hub"]
+        + ["learn_pipeline"],
+        ["models", "baselines", "experiments"],
     ),
 }
 NETWORKS = ["unet", "song_unet", "classifier", "io", "data", "pickles", "edm", "checkpoint"]
@@ -45,7 +46,7 @@ NETWORKS += ["latent", "training", "__init__"]
 ENTRANCES = ["__init__", "__main__", "experiment"]
 ALWAYS = {"torch", "numpy", "safetensors", "yaml", "tqdm", "sklearn", "matplotlib", "pandas"}
 WHERE_USED = ALWAYS | {"torchvision", "lpips", "torch_fidelity", "diffusers", "scipy"}
-WHERE_USED |= {"transformers"}
+WHERE_USED |= {"transformers", "huggingface_hub"}
 WHERE_USED |= {"PIL", "filelock", "joblib"}  # matplotlib, torch and scikit-learn bring them
 JUPYTER = {"IPython", "ipywidgets"}  # in this one module alone
 

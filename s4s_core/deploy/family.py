@@ -1,4 +1,4 @@
-"""One file with a solver for each of several numbers of network calls."""
+"""Solvers for several numbers of network calls: one file, or a folder as the Hub has it."""
 
 import json
 from collections.abc import Iterable
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, read_json, write_atomically
+from ..errors import UsageError, optional_import, read_json, write_atomically
 from ..schedule import NoiseSchedule
 from ..solver import FORMAT as SOLVER_FORMAT
 from ..solver import Solver
 
 FORMAT, VERSION = "s4s-family", 1
+IN_FOLDER = "solver_*.json"  # the files of a folder, one for each number of calls
 
 
 @dataclass(frozen=True)
@@ -94,5 +95,37 @@ class SolverFamily:
 
     @classmethod
     def load(cls, path: str | Path) -> "SolverFamily":
-        """Read a file that `save` wrote, or one solver; UsageError, naming the file, for others."""
-        return read_json(path, "solver file", cls.from_dict)
+        """Read a file that `save` wrote, one solver, or a folder that `save_pretrained` wrote.
+
+        Raises UsageError, naming the file, for others.
+        """
+        if not Path(path).is_dir():
+            return read_json(path, "solver file", cls.from_dict)
+        files = sorted(Path(path).glob(IN_FOLDER))
+        if not files:
+            raise UsageError(f"the folder {path} holds no solvers: there is no {IN_FOLDER} in it")
+        return cls(map(Solver.load, files))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "SolverFamily":
+        """Read a folder that `save_pretrained` wrote, here or in a repository of the Hub.
+
+        name      the folder, or the repository as in "user/my-solver"
+        revision  of the repository: a branch, a tag or a commit
+
+        Only solver files are downloaded, and nothing in them is executed. Raises UsageError for a
+        repository that cannot be read or holds none.
+        """
+        if Path(name).is_dir():
+            return cls.load(name)
+        with optional_import("huggingface_hub", "a solver of the Hub"):
+            from huggingface_hub import snapshot_download
+        try:
+            folder = snapshot_download(str(name), revision=revision, allow_patterns=IN_FOLDER)
+        except (OSError, ValueError) as error:  # the Hub's own errors are of these kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UsageError(
+                f"{name} is no folder, and no repository of the Hub that can be read ({reason}): "
+                "check its name and your connection"
+            ) from None
+        return cls.load(folder)

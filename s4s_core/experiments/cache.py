@@ -149,12 +149,12 @@ def cache_path(dataset: str, kind: str, config: dict[str, Any], suffix: str) -> 
     path = results_folder() / dataset / f"{kind}_{digest}.{suffix}"
     with writing(path.parent, "set S4S_RESULTS to another folder"):
         if not path.exists():
-            _try_folder(path.parent)
+            try_folder(path.parent)
     return path
 
 
-def _try_folder(folder: Path) -> None:
-    """Make a folder, write to it, and delete what killed writers left there."""
+def try_folder(folder: Path) -> None:
+    """Make a folder, write to it, and delete what killed writers left there; OSError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(4096))

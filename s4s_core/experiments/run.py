@@ -358,7 +358,7 @@ def _learned(
         return solver, costs | {"seconds": _statistics(setup, experiment.seed)[1]}, []
     if learn is None:
         return solver, costs, []
-    teacher = _teacher_set(setup, experiment.seed, alt=experiment.learn != "coefficients")
+    teacher = cached_teacher_set(setup, experiment.seed, alt=experiment.learn != "coefficients")
     # The rivals whose coefficients follow the current times do so in the authors' own code.
     follows = experiment.newton_blocks or experiment.learn in ("times", "generalised")
     scheme = {"scheme": partial(_table, experiment)} if follows else {}
@@ -382,8 +382,8 @@ def _record(epoch: Epoch) -> dict[str, Any]:
     return {n: getattr(epoch, n) for n in names} | tables
 
 
-def _teacher_set(setup: Setup, seed: int, alt: bool) -> TeacherSet:
-    """The pairs to learn from, cached."""
+def cached_teacher_set(setup: Setup, seed: int, alt: bool) -> TeacherSet:
+    """Return the pairs to learn from, cached; alt: those where times are learned too."""
     p = setup.params
     n_train, n_valid = (p.n_train_alt, p.n_valid_alt) if alt else (p.n_train, p.n_valid)
 
@@ -400,7 +400,7 @@ def _statistics(setup: Setup, seed: int) -> tuple[ModelStatistics, float]:
     """The model statistics at the teacher's samples and the seconds they took, cached."""
 
     def make() -> dict[str, Tensor]:
-        teacher = _teacher_set(setup, seed, alt=False)
+        teacher = cached_teacher_set(setup, seed, alt=False)
         assert teacher.seeds is not None
         seeds, began = teacher.seeds[: teacher.n_train], time.perf_counter()
         tables = vars(model_statistics(setup, teacher.train[1], seeds=seeds))

@@ -7,6 +7,7 @@ and the clipping of its own sampling loop are not.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..params import OF_THE_MODEL, Params
 from ..schedule import NAMED_SCHEDULES, NoiseSchedule, RectifiedFlow, VPDiscrete, VPTable
 from ..setup import Setup
 from .check import check_denoiser
+from .networks.latent import read_captions
 
 Wrap = Callable[[Network, NoiseSchedule], Denoiser]
 
@@ -46,7 +48,7 @@ LOWEST_LAM = -5.1
 
 def from_diffusers(
     pipeline: Any,
-    prompt: str | Sequence[str] | None = None,
+    prompt: str | Sequence[str] | Path | None = None,
     class_label: int | Sequence[int] | None = None,
     guidance: float = 1.0,
     shape: Sequence[int] | None = None,
@@ -56,6 +58,7 @@ def from_diffusers(
     """Return the setup of a diffusers pipeline or of a pair (network, scheduler), on its device.
 
     prompt       the text for a text-to-image pipeline; None is the empty prompt
+                 A Path is a file with a prompt in each line, or a .csv with a column `text`
     class_label  the class for a class-conditional network; None is its label for no class
                  A list of either gives seed n its entry n mod length, so that a solver is learned
                  for all of them at once; `condition` of the setup says so
@@ -80,6 +83,8 @@ def from_diffusers(
     Raises UsageError for a pipeline of another kind, for a network with inputs that are not
     supplied here, which it names, and if the self-test fails.
     """
+    if isinstance(prompt, Path):
+        prompt = read_captions(prompt)
     called, scheduler, vae = _parts(pipeline, _diffusers())
     network = _compiled(called)
     shape = _shape(pipeline, network, shape)

@@ -142,7 +142,7 @@ def load_stable_diffusion(
     with optional_import(*EXTRA):
         from diffusers import UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
-    lines, tokenize = _captions(captions), _tokenizer(vocabulary, merges)
+    lines, tokenize = read_captions(captions), _tokenizer(vocabulary, merges)
     with open_checkpoint(path) as weights:
         unet: Any = UNet2DConditionModel(**STABLE_DIFFUSION)
         unet = fill_unet(unet, averaged(weights, path, required=False), path).to(device)
@@ -178,8 +178,11 @@ def _decode(vae: Any, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
     return lambda x: vae.decode(x.to(vae.dtype) / scale).sample.to(x.dtype)
 
 
-def _captions(path: str | Path) -> list[str]:
-    """The lines of a text file, or the column `text` of a .csv; empty ones are left out."""
+def read_captions(path: str | Path) -> list[str]:
+    """Return the lines of a text file, or the column `text` of a .csv, without empty ones.
+
+    Raises UsageError for a file that has none or cannot be read.
+    """
     require_file(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
