@@ -307,8 +307,10 @@ def plot_map(vectors: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     for row in points:
         name, place = row["name"], families.index(row["name"].split()[0])
         color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
-        ax.plot(row["pc1"], row["pc2"], marker, color=color, ms=9, alpha=0.8, label=name)
-        ax.annotate(name.split()[-1], (row["pc1"], row["pc2"]), (5, 5),
+        # More families than colours: those that are left are hollow.
+        face = color if place < len(COLORS) else "none"
+        ax.plot(row["pc1"], row["pc2"], marker, color=color, mfc=face, ms=9, alpha=0.8, label=name)
+        ax.annotate(" ".join(name.split()[1:]), (row["pc1"], row["pc2"]), (6, 5),
                     textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
     ax.set(
         xlabel=f"first component ({shares[0]:.0%} of variance)",
