@@ -1,6 +1,6 @@
 """Workers on this machine: the way to try what a cluster will do.
 
-    S4S_EXECUTOR=cluster/laptop.py papermill notebooks/ablation_order.ipynb runs/order.ipynb
+S4S_EXECUTOR=cluster/laptop.py papermill notebooks/ablation_order.ipynb runs/order.ipynb
 """
 
 from parsl import Config

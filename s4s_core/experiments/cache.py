@@ -88,9 +88,9 @@ def cached_tensors(
     return tensors
 
 
-def forget_tensors(setup: Setup, kind: str, config: dict[str, Any]) -> None:
-    """Delete the file of `cached_tensors`, once what it was made for is there."""
-    _of_the_setup(setup, kind, config)[1].unlink(missing_ok=True)
+def tensors_path(setup: Setup, kind: str, config: dict[str, Any]) -> Path:
+    """Return the file of `cached_tensors`, there or not."""
+    return _of_the_setup(setup, kind, config)[1]
 
 
 def _of_the_setup(setup: Setup, kind: str, config: dict[str, Any]) -> tuple[dict[str, Any], Path]:

@@ -40,9 +40,9 @@ from ..teacher import TeacherSet, make_teacher_set, sample_batches
 from .cache import (
     cache_path,
     cached_tensors,
-    forget_tensors,
     read_sealed,
     results_folder,
+    tensors_path,
     write_sealed,
 )
 from .executors import Elsewhere, Plan, ThisProcess, carry_out, cluster, processes
@@ -126,7 +126,7 @@ def run(experiment: Experiment) -> Result:
     entries = {f.name: getattr(result, f.name) for f in fields(Result)}
     write_sealed(path, entries | {"solver": solver.to_dict()})
     for shard in (shard for block in _blocks(setup) for shard in block):
-        forget_tensors(setup, "shard", _shard_config(experiment, shard))
+        tensors_path(setup, "shard", _shard_config(experiment, shard)).unlink(missing_ok=True)
     _learned_path(experiment).unlink(missing_ok=True)
     return result
 
@@ -411,7 +411,9 @@ def _draw(experiment: Experiment, solver: Solver, seeds: range) -> None:
 def _draw_teacher(experiment: Experiment, seeds: range) -> None:
     setup = _setup(experiment)
     _teacher_samples(setup, seeds)
-    _teacher_part(setup, seeds)
+    whole = _part_config(setup, range(setup.params.fid_samples))
+    if not tensors_path(setup, "teacher_sums", whole).exists():
+        _teacher_part(setup, seeds)
 
 
 def _merge_teacher(experiment: Experiment) -> None:
@@ -647,5 +649,5 @@ def _teacher_sums(setup: Setup) -> dict[str, FeatureSums]:
 
     found = cached_tensors(setup, "teacher_sums", _part_config(setup, seeds), make)
     for chunk in read:  # what they made is kept now
-        forget_tensors(setup, "teacher_part", _part_config(setup, chunk))
+        tensors_path(setup, "teacher_part", _part_config(setup, chunk)).unlink(missing_ok=True)
     return _unpacked(found)
