@@ -352,10 +352,9 @@ def run_all(
         if errors and len(missing) == 1:
             raise errors.popitem()[1]
         if errors:
-            lines = [f"- {_label(missing[path])}: {_one_line(e)}" for path, e in errors.items()]
-            count = f"{len(errors)} of {len(missing)} runs failed, and the others are kept"
             raise RunsFailedError(
-                "\n".join([f"{count}; s4s_core.run of one shows where it failed:", *lines])
+                f"{len(errors)} of {len(missing)} runs failed, and the others are kept; "
+                f"s4s_core.run of one shows where:{_told(missing, errors)}"
             ) from ExceptionGroup("failed runs", list(errors.values()))
     rows = []
     for name, experiment in progress(todo, desc="results"):
@@ -364,14 +363,17 @@ def run_all(
     return DataFrame(rows)
 
 
-def _label(experiment: Experiment) -> str:
-    e = experiment
-    return f"{e.dataset} {e.grid} {e.solver} order {e.order} nfe {e.nfe} {e.learn} seed {e.seed}"
-
-
-def _one_line(error: Exception) -> str:
-    told = isinstance(error, UsageError | LearningDivergedError)
-    return " ".join(f"{'' if told else f'{type(error).__name__}: '}{error}".split())[:500]
+def _told(experiments: Mapping[Path, Experiment], errors: Mapping[Path, Exception]) -> str:
+    """A line for each run that failed, and why; a reason that was just given is not repeated."""
+    lines, last = "", ""
+    for path, error in errors.items():
+        known = isinstance(error, UsageError | LearningDivergedError)
+        reason = " ".join(f"{'' if known else f'{type(error).__name__}: '}{error}".split())
+        e = experiments[path]
+        lines += f"\n- {e.dataset} {e.grid} {e.solver} order {e.order} nfe {e.nfe} {e.learn} "
+        lines += f"seed {e.seed}: {'the same' if reason == last else f'{reason:.400}'}"
+        last = reason
+    return lines
 
 
 def _plan(experiment: Experiment) -> Plan:
