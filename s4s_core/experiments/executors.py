@@ -116,7 +116,7 @@ def carry_out(
         for name in asking.pop(key):
             if name in rounds:
                 look(name)
-    return values, errors
+    return values, {name: errors[name] for name in plans if name in errors}
 
 
 class ThisProcess(Executor):
