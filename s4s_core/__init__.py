@@ -42,6 +42,7 @@ from .experiments.cache import results_folder
 from .experiments.experiment import Experiment, require_lists, sweep
 from .experiments.run import (
     Result,
+    RunsFailedError,
     initial_solver,
     learn_on,
     learning_costs,

@@ -331,7 +331,8 @@ def test_the_blocks_of_a_result_are_disjoint_parts_of_its_samples():
             s4s.frechet_distance(sums, setup.reference), rel=1e-9
         )
         assert result.blocks["distance_to_teacher"][i] == pytest.approx(
-            (x - exact).square().mean().sqrt().item(), rel=1e-9
+            (x - exact).square().mean().sqrt().item(),
+            rel=1e-6,  # of samples kept as float32
         )
     squares = torch.tensor(result.blocks["distance_to_teacher"]).square()
     assert squares.mean().sqrt().item() == pytest.approx(result.distance_to_teacher, rel=1e-6)
@@ -464,7 +465,7 @@ def test_the_ld3_grid_is_learned_once_for_all_orders(results):
     one, two = (initial_solver(tiny(grid="ld3", order=order)) for order in (1, 2))
     assert torch.equal(one.grid.t, two.grid.t)
     assert not torch.equal(one.grid.t, initial_solver(tiny(grid="logsnr")).grid.t)
-    assert len(files(results, "result_*.json")) == 1
+    assert len(files(results, "learned_*.json")) == 1 and not files(results, "result_*.json")
 
 
 def test_the_costs_of_learning_count_those_of_the_ld3_grid():
@@ -663,7 +664,7 @@ def test_a_result_that_is_not_what_was_written_is_computed_again(damage, capsys)
     [
         lambda tensors: {name: tensor * 0 for name, tensor in tensors.items()},
         lambda tensors: {name: tensor[:1] for name, tensor in tensors.items() if tensor.ndim},
-        lambda tensors: {name: tensor.float() for name, tensor in tensors.items()},
+        lambda tensors: {name: tensor.half() for name, tensor in tensors.items()},
         lambda tensors: {f"{name}_": tensor for name, tensor in tensors.items()},
         None,
     ],
@@ -881,9 +882,12 @@ def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
         )
         for nfe in (2, 3)
     ]
-    with pytest.raises(s4s.LearningDivergedError, match="diverged in phase 'phi'") as error:
+    told = "2 of 2 runs failed.*\n- mixture edm .* nfe 2 .*: .* in phase 'phi'.*\n- .* nfe 3 .*"
+    with pytest.raises(s4s.RunsFailedError, match=told) as error:
         s4s.run_all(many, workers=2)
-    assert error.value.best.nfe in (2, 3)
+    assert [e.best.nfe for e in error.value.__cause__.exceptions] in ([2, 3], [3, 2])
+    with pytest.raises(s4s.LearningDivergedError, match="diverged in phase 'phi'"):
+        s4s.run_all(many[:1])  # the only one says what it has to say itself
 
 
 @pytest.mark.slow
@@ -898,8 +902,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     beats = [tmp_path / name for name in ("first", "second")]
     code = (
         "import jobs\n"
-        "from s4s_core.experiments.run import _run_in_processes\n"
-        f"_run_in_processes([(jobs.beat, {[str(path) for path in beats]})], 2)\n"
+        "from s4s_core.experiments.executors import processes\n"
+        "with processes(2) as executor:\n"
+        f"    list(executor.map(jobs.beat, {[str(path) for path in beats]}))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
     try:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -24,6 +24,8 @@ from torch import Tensor
 from ..errors import TEMPORARY, UsageError, write_atomically, writing
 from ..params import PACKAGE
 from ..setup import Setup
+
+Made = TypeVar("Made")
 
 
 def results_folder() -> Path:
@@ -68,15 +70,7 @@ def cached_tensors(
     setup: Setup, kind: str, config: dict[str, Any], make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Return the tensors that `make` makes, from their file if there is a sound one."""
-    config = {
-        **config,
-        "kind": kind,
-        "teacher": setup.teacher.to_dict(),
-        "precision": setup.params.precision,
-        "model": setup.model,
-        "method": method(),
-    }
-    path = cache_path(setup.name, kind, config, "safetensors")
+    config, path = _of_the_setup(setup, kind, config)
     if (content := read_cached(path)) is not None:
         try:
             with safetensors.safe_open(path, "pt") as file:
@@ -92,6 +86,24 @@ def cached_tensors(
     metadata = {"config": _text(config), "sha256": _digest(tensors)}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
     return tensors
+
+
+def tensors_path(setup: Setup, kind: str, config: dict[str, Any]) -> Path:
+    """Return the file of `cached_tensors`, there or not."""
+    return _of_the_setup(setup, kind, config)[1]
+
+
+def _of_the_setup(setup: Setup, kind: str, config: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """The configuration with what the setup adds to it, and its file."""
+    config = {
+        **config,
+        "kind": kind,
+        "teacher": setup.teacher.to_dict(),
+        "precision": setup.params.precision,
+        "model": setup.model,
+        "method": method(),
+    }
+    return config, cache_path(setup.name, kind, config, "safetensors")
 
 
 def read_cached(path: Path) -> bytes | None:
@@ -114,17 +126,36 @@ def say_again(path: Path, reason: str) -> None:
     print(f"{path} is not believed ({reason:.200}): computing it again", file=sys.stderr)
 
 
-def sealed(entries: dict[str, Any]) -> dict[str, Any]:
-    """Return JSON entries with a hash of themselves, which `is_sealed` checks."""
-    return {**entries, "sha256": hashlib.sha256(_text(entries).encode()).hexdigest()}
+def write_sealed(path: Path, entries: dict[str, Any]) -> None:
+    """Write JSON entries with a hash of themselves, which `read_sealed` checks."""
+    content = json.dumps({**entries, "sha256": _seal(entries)}, indent=1)
+    write_atomically(path, f"{content}\n".encode())
 
 
-def is_sealed(entries: Any) -> bool:
-    """Whether these are the entries that `sealed` returned."""
-    if not isinstance(entries, dict):
-        return False
-    rest = {k: v for k, v in entries.items() if k != "sha256"}
-    return entries.get("sha256") == sealed(rest)["sha256"]
+def read_sealed(
+    path: Path, config: dict[str, Any], make: Callable[[dict[str, Any]], Made]
+) -> Made | None:
+    """Return make(entries) of what `write_sealed` wrote, or None if that is not there or unsound.
+
+    The entry "config" must be the configuration that is asked for. An unsound file is deleted.
+    """
+    if (content := read_cached(path)) is None:
+        return None
+    try:
+        entries = json.loads(content)
+        if isinstance(entries, dict) and entries.pop("sha256", None) == _seal(entries):
+            if entries["config"] == config:
+                return make(entries)
+        reason = "it holds other numbers than were written"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error)
+    say_again(path, reason)
+    path.unlink(missing_ok=True)  # or the next who reads it says the same
+    return None
+
+
+def _seal(entries: dict[str, Any]) -> str:
+    return hashlib.sha256(_text(entries).encode()).hexdigest()
 
 
 def _text(config: Any) -> str:

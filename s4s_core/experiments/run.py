@@ -1,17 +1,20 @@
 """One run is one record: `run` returns the `Result` of an `Experiment`, cached on disk.
 
 Results live under `results/` by the hash of the complete effective configuration: a changed
-setting is a new result, never a stale hit. Nothing else writes there.
+setting is a new result, never a stale hit. Nothing else writes there. The files are the only state:
+what a killed or failed run has learned, and the shards of samples that it has measured, are there
+for the next.
 """
 
-import json
-import multiprocessing
+import contextlib
+import math
 import os
 import platform
-import threading
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,7 +27,7 @@ from torch import Tensor
 from .. import __version__
 from ..baselines.dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from ..denoiser import CallCounter
-from ..errors import progress, write_atomically
+from ..errors import TEMPORARY, UsageError, progress
 from ..evaluate import FeatureSums, feature_sums, frechet_distance, merge, thumbnails
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, LearningDivergedError
@@ -34,7 +37,15 @@ from ..published import SOLVERS, Table, count_steps, table_by_name
 from ..setup import Setup
 from ..solver import Coefficients, Solver
 from ..teacher import TeacherSet, make_teacher_set, sample_batches
-from .cache import cache_path, cached_tensors, is_sealed, read_cached, say_again, sealed
+from .cache import (
+    cache_path,
+    cached_tensors,
+    read_sealed,
+    results_folder,
+    tensors_path,
+    write_sealed,
+)
+from .executors import Elsewhere, Plan, ThisProcess, carry_out, cluster, processes
 from .experiment import DPM_SOLVER_V3, SEARCHED, Experiment
 
 if TYPE_CHECKING:
@@ -42,6 +53,9 @@ if TYPE_CHECKING:
 
 
 BLOCKS = 5  # of the evaluation noises, for intervals
+SHARD = 1000  # samples: what one task draws, holds in memory, and loses with its worker
+# Experiments at a time on a cluster: with Inception's features the shards of one take 1.6 GB.
+AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,8 @@ class Result:
               itself has the floor of this number
     thumbnails_to_teacher  that again in small means of pixels, which are no network's features
     distance_to_teacher  root mean square difference per entry between those samples and the
-              teacher's from the same noise
+              teacher's from the same noise, both rounded to float32: differences below 1e-7 of an
+              entry are lost, and a distance of 1e-3 changes by less than 1e-6 of itself
     blocks    each of these numbers, by its name, on disjoint blocks of the samples
     seconds   of learning, or of measuring the statistics of DPM-Solver-v3 (0.0 without either),
               from the pairs on
@@ -79,17 +94,9 @@ class Result:
     @classmethod
     def read(cls, path: Path, config: dict[str, Any]) -> "Result | None":
         """Return what `run` wrote for this configuration, or None if it is not there or unsound."""
-        if (content := read_cached(path)) is None:
-            return None
-        try:
-            entries = json.loads(content)
-            if is_sealed(entries) and entries.pop("sha256") and entries["config"] == config:
-                return cls(**{**entries, "solver": Solver.from_dict(entries["solver"])})
-            reason = "it holds other numbers than were written"
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = str(error)
-        say_again(path, reason)
-        return None
+        return read_sealed(
+            path, config, lambda e: cls(**{**e, "solver": Solver.from_dict(e["solver"])})
+        )
 
     def row(self) -> dict[str, Any]:
         """Return one flat record for tables and plots; the blocks of a number are a column."""
@@ -108,9 +115,8 @@ def run(experiment: Experiment) -> Result:
     path, config = experiment.path(), experiment.config()
     if (result := Result.read(path, config)) is not None:
         return result
-    setup = _setup(experiment)
-    solver, costs, history = _learned(experiment, setup, path)
-    metrics, blocks = _measured(solver, setup)
+    setup, (solver, costs, history) = _setup(experiment), _learned_once(experiment)
+    metrics, blocks = _measured(experiment, solver)
     metrics |= {"n_samples": setup.params.fid_samples, "features": setup.features_name}
     versions = {"s4s_core": __version__, "torch": torch.__version__, "numpy": np.__version__}
     versions |= {"python": platform.python_version(), "machine": platform.machine()}
@@ -118,49 +124,144 @@ def run(experiment: Experiment) -> Result:
     solver = Solver(solver.coefficients, solver.grid, provenance)
     result = Result(config, solver, blocks=blocks, history=history, **metrics, **costs)
     entries = {f.name: getattr(result, f.name) for f in fields(Result)}
-    entries["solver"] = solver.to_dict()
-    write_atomically(path, (json.dumps(sealed(entries), indent=1) + "\n").encode())
+    write_sealed(path, entries | {"solver": solver.to_dict()})
+    for shard in (shard for block in _blocks(setup) for shard in block):
+        tensors_path(setup, "shard", _shard_config(experiment, shard)).unlink(missing_ok=True)
+    _learned_path(experiment).unlink(missing_ok=True)
     return result
 
 
-def _measured(solver: Solver, setup: Setup) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """The numbers of Result by name, of all samples and of each block."""
-    n, size = setup.params.fid_samples, setup.params.sample_batch_size
-    x_0 = torch.cat([x.cpu() for x in sample_batches(solver, setup, range(n))])
-    error = x_0 - _teacher_samples(setup)
-    others = _teacher_sums(setup)
-    # A block has as many samples as features, at least: their covariance is singular otherwise.
-    n_blocks = min(BLOCKS, max(1, n // len(others["features"].first)))
-    parts = torch.arange(n).tensor_split(n_blocks)
-    sums = [_sums(setup, x_0[part].split(size)) for part in parts]
+Learned = tuple[Solver, dict[str, Any], list[dict[str, Any]]]  # what it cost, and the history
 
-    def numbers(sums: dict[str, FeatureSums], error: Tensor) -> dict[str, float]:
+
+def _learned_once(experiment: Experiment) -> Learned:
+    """What the experiment learns: from its own file, from that of its result, or learned now."""
+    path, config = _learned_path(experiment), experiment.config()
+
+    def learned(entries: dict[str, Any]) -> Learned:
+        return Solver.from_dict(entries["solver"]), entries["costs"], entries["history"]
+
+    if (found := read_sealed(path, config, learned)) is not None:
+        return found
+    if (result := Result.read(experiment.path(), config)) is not None:
+        names = ("seconds", "evaluations", "backward")
+        return result.solver, {n: getattr(result, n) for n in names}, result.history
+    solver, costs, history = _learned(experiment, _setup(experiment), experiment.path())
+    entries = {"config": config, "solver": solver.to_dict(), "costs": costs, "history": history}
+    write_sealed(path, entries)
+    return solver, costs, history
+
+
+def _learned_path(experiment: Experiment) -> Path:
+    return cache_path(experiment.dataset, "learned", experiment.config(), "json")
+
+
+def _chunks(seeds: range) -> list[range]:
+    """The seeds in pieces of at most SHARD."""
+    return [seeds[i : i + SHARD] for i in range(0, len(seeds), SHARD)]
+
+
+def _blocks(setup: Setup) -> list[list[range]]:
+    """The shards of each block of evaluation noise: they depend on nothing but the setup."""
+    n, n_features = setup.params.fid_samples, len(setup.reference.mean)
+    # A block has as many samples as features, at least: their covariance is singular otherwise.
+    n_blocks = min(BLOCKS, max(1, n // n_features))
+    ends = [0, *torch.tensor([len(b) for b in torch.arange(n).tensor_split(n_blocks)]).cumsum(0)]
+    return [_chunks(range(int(a), int(b))) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _measured(
+    experiment: Experiment, solver: Solver
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """The numbers of Result by name, of all samples and of each block."""
+    setup = _setup(experiment)
+    others = _teacher_sums(setup)
+
+    def numbers(sums: dict[str, FeatureSums], square: float) -> dict[str, float]:
         return {
             "frechet": frechet_distance(sums["features"], setup.reference),
             "frechet_to_teacher": frechet_distance(sums["features"], others["features"]),
             "thumbnails_to_teacher": frechet_distance(sums["thumbnails"], others["thumbnails"]),
-            "distance_to_teacher": error.square().mean().sqrt().item(),
+            "distance_to_teacher": square**0.5,
         }
 
-    total = numbers({name: merge(*(s[name] for s in sums)) for name in others}, error)
-    found = [total]
-    if n_blocks > 1:
-        found = [numbers(s, error[part]) for s, part in zip(sums, parts, strict=True)]
-    return total, {name: [block[name] for block in found] for name in total}
+    total: dict[str, FeatureSums] = {}
+    found, total_square = [], 0.0
+    for block in _blocks(setup):
+        sums: dict[str, FeatureSums] = {}
+        square = 0.0
+        for seeds in block:
+            shard = _shard(experiment, solver, seeds)
+            square += shard["square"].item()
+            sums = _merged(sums, _unpacked(shard))
+        total, total_square = _merged(total, sums), total_square + square
+        entries = sum(map(len, block)) * math.prod(setup.shape)
+        found.append(numbers(sums, square / entries))
+    entries = setup.params.fid_samples * math.prod(setup.shape)
+    whole = numbers(total, total_square / entries)
+    return whole, {name: [block[name] for block in found] for name in whole}
+
+
+def _shard(experiment: Experiment, solver: Solver, seeds: range) -> dict[str, Tensor]:
+    """Sums of the features of a shard of samples, and its squared distance from the teacher.
+
+    Cached until the result is there.
+    """
+    setup = _setup(experiment)
+
+    def make() -> dict[str, Tensor]:
+        sums: dict[str, FeatureSums] = {}
+        square = torch.zeros((), dtype=torch.float64)
+        for x, error in _with_errors(solver, setup, seeds):
+            sums, square = _merged(sums, _sums(setup, x)), square + error.sum()
+        return {**_packed(sums), "square": square}
+
+    return cached_tensors(setup, "shard", _shard_config(experiment, seeds), make)
+
+
+def _shard_config(experiment: Experiment, seeds: range) -> dict[str, Any]:
+    return experiment.config() | {"seeds": [seeds.start, seeds.stop]}
+
+
+def _with_errors(solver: Solver, setup: Setup, seeds: range) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of samples, and their squared differences from the teacher's, on the CPU."""
+    exact = _teacher_samples(setup, seeds)
+    for x in sample_batches(solver, setup, seeds):
+        yield x, (x.cpu().float() - exact[: len(x)]).double().square()
+        exact = exact[len(x) :]
 
 
 @torch.no_grad()
-def _sums(setup: Setup, samples: Sequence[Tensor]) -> dict[str, FeatureSums]:
-    """The sums of the features of the model and of thumbnails, each batch decoded once."""
+def _sums(setup: Setup, x: Tensor) -> dict[str, FeatureSums]:
+    """The sums of the features of the model and of thumbnails, of samples decoded once."""
     decoded = setup.variant(decode=lambda x: x)
-    total: dict[str, FeatureSums] = {}
-    for x in samples:
-        images = [setup.decode(x.to(setup.device))]
-        sums = {"features": decoded.feature_sums(images)}
-        sums["thumbnails"] = feature_sums(thumbnails, images)
-        # One running sum, as in feature_sums: all batches' would fill the memory.
-        total = {name: merge(total[name], sums[name]) for name in sums} if total else sums
-    return total
+    images = [setup.decode(x.to(setup.device))]
+    return {
+        "features": decoded.feature_sums(images),
+        "thumbnails": feature_sums(thumbnails, images),
+    }
+
+
+def _merged(a: dict[str, FeatureSums], b: dict[str, FeatureSums]) -> dict[str, FeatureSums]:
+    return {name: merge(a[name], b[name]) for name in b} if a else b
+
+
+def _packed(sums: dict[str, FeatureSums]) -> dict[str, Tensor]:
+    """The sums as the tensors of a file."""
+    return {
+        f"{name}_{key}": torch.as_tensor(value)
+        for name, part in sums.items()
+        for key, value in vars(part).items()
+    }
+
+
+def _unpacked(tensors: dict[str, Tensor]) -> dict[str, FeatureSums]:
+    names = [f.name for f in fields(FeatureSums)]
+    found: dict[str, Any] = {k: v if v.ndim else v.item() for k, v in tensors.items()}
+    return {
+        name: FeatureSums(**{key: found[f"{name}_{key}"] for key in names})
+        for name in ("features", "thumbnails")
+    }
 
 
 def learn_on(setup: Setup, experiment: Experiment) -> Solver:
@@ -192,8 +293,8 @@ def sample_errors(solver: Solver, setup: Setup) -> Tensor:
 
     def make() -> dict[str, Tensor]:
         anonymous = replace(solver, provenance={})  # another model's is asked for on purpose here
-        x_0 = torch.cat([x.cpu() for x in sample_batches(anonymous, setup, seeds)])
-        return {"error": (x_0 - _teacher_samples(setup)).square().flatten(1).mean(1)}
+        batches = (b for chunk in _chunks(seeds) for b in _with_errors(anonymous, setup, chunk))
+        return {"error": torch.cat([error.flatten(1).mean(1) for _, error in batches])}
 
     numbers = {k: v for k, v in solver.to_dict().items() if k != "provenance"}
     return cached_tensors(setup, "errors", {"solver": numbers, "seeds": len(seeds)}, make)["error"]
@@ -205,13 +306,18 @@ def learning_costs(experiment: Experiment) -> dict[str, float]:
     seconds; evaluations and backward as Result has them.
     """
     learned = [experiment, _ld3(experiment)] if experiment.grid == "ld3" else [experiment]
-    results = [run(e) for e in learned]
-    return {n: sum(getattr(r, n) for r in results) for n in ("seconds", "evaluations", "backward")}
+    costs = [_learned_once(e)[1] for e in learned]
+    return {n: sum(c[n] for c in costs) for n in ("seconds", "evaluations", "backward")}
+
+
+class RunsFailedError(UsageError):
+    """Some runs failed; the others are kept. Its cause is an ExceptionGroup of their errors."""
 
 
 def run_all(
     experiments: Sequence[Experiment] | Mapping[str, Sequence[Experiment]],
     workers: int | None = None,
+    executor: Executor | None = None,
 ) -> "DataFrame":
     """Return one row for each experiment, in order, as a pandas frame; with a progress bar.
 
@@ -219,26 +325,144 @@ def run_all(
     workers      processes of one thread each for what is not cached: by default one a core that
                  this process may use, since small batches keep no more than one thread busy, or
                  this process alone where there is a GPU
+    executor     what carries it out in place of those processes, such as a cluster; by default what
+                 the Python file $S4S_EXECUTOR configures, if that is set
+
+    A run that fails takes no other with it, and what it has learned and measured is kept. Where its
+    worker was lost it is tried again once. When all others are done, RunsFailedError says in a line
+    each which runs failed and why; the only run that there is raises its own error.
 
     `run` gives the solver and the history behind a row.
     """
     from pandas import DataFrame
 
+    if workers and executor:
+        raise UsageError("workers are processes of this machine: give run_all an executor or these")
     named = experiments.items() if isinstance(experiments, Mapping) else [("", experiments)]
     todo = [(name, experiment) for name, group in named for experiment in group]
-    workers = workers or (1 if torch.cuda.is_available() else usable_cores())
-    missing = [e for _, e in todo if not e.path().exists()]
-    if workers > 1 and len(missing) > 1:
-        shared = {_representative_for_grid(e).path(): e for e in missing if e.grid not in GRIDS}
-        v3 = [e for e in missing if e.solver == DPM_SOLVER_V3]  # share their model's statistics
-        once = {(e.dataset, e.seed, e.params.n_train): e for e in v3}
-        first = [*shared.values(), *once.values()]
-        _run_in_processes([(initial_solver, first), (run, missing)], workers)
+    missing = {path: e for _, e in todo if not (path := e.path()).exists()}
+    results: dict[Path, Result] = {}
+    if missing:
+        with (
+            _executor(workers, executor, next(iter(missing)).parent) as (chosen, at_once),
+            progress(total=len(missing), desc="runs") as bar,
+        ):
+            plans = {path: _plan(e) for path, e in missing.items()}
+            results, errors = carry_out(plans, chosen, at_once, bar.update)
+        if errors and len(missing) == 1:
+            raise errors.popitem()[1]
+        if errors:
+            raise RunsFailedError(
+                f"{len(errors)} of {len(missing)} runs failed, and the others are kept; "
+                f"s4s_core.run of one shows where:{_told(missing, errors)}"
+            ) from ExceptionGroup("failed runs", list(errors.values()))
     rows = []
     for name, experiment in progress(todo, desc="results"):
-        row = run(experiment).row()
+        row = (results.get(experiment.path()) or run(experiment)).row()
         rows.append(row | {"method": name} if name else row)
     return DataFrame(rows)
+
+
+def _told(experiments: Mapping[Path, Experiment], errors: Mapping[Path, Exception]) -> str:
+    """A line for each run that failed, and why; a reason that was just given is not repeated."""
+    lines, last = "", ""
+    for path, error in errors.items():
+        known = isinstance(error, UsageError | LearningDivergedError)
+        reason = " ".join(f"{'' if known else f'{type(error).__name__}: '}{error}".split())
+        e = experiments[path]
+        lines += f"\n- {e.dataset} {e.grid} {e.solver} order {e.order} nfe {e.nfe} {e.learn} "
+        lines += f"seed {e.seed}: {'the same' if reason == last else f'{reason:.400}'}"
+        last = reason
+    return lines
+
+
+def _plan(experiment: Experiment) -> Plan:
+    """The tasks of a run. What several runs share is one task, made before those that read it."""
+    shared: dict[Any, Any] = {}
+    if experiment.grid not in GRIDS:
+        shared["grid", _representative_for_grid(experiment).path()] = (initial_solver, experiment)
+    if experiment.solver == DPM_SOLVER_V3:
+        model = (experiment.dataset, experiment.seed, experiment.params.n_train)
+        shared["statistics", model] = (initial_solver, experiment)
+    if shared:
+        yield shared
+    p, path = experiment.params, experiment.path()
+    names = ("solver", "order", "grid", "nfe")
+    taught = [p.fid_samples, p.unipc_variant, *(getattr(p, f"teacher_{name}") for name in names)]
+    teacher = (experiment.dataset, p.of_the_model(), *taught)
+    seeds = range(p.fid_samples)
+    draw: dict[Any, Any] = {
+        ("teacher", teacher, chunk): (_draw_teacher, experiment, chunk) for chunk in _chunks(seeds)
+    }
+    (solver, blocks), *_ = yield {("learn", path): (_prepared, experiment), **draw}
+    shards = [shard for block in blocks for shard in block]
+    draw = {("shard", path, shard): (_draw, experiment, solver, shard) for shard in shards}
+    yield {**draw, ("teacher", teacher): (_merge_teacher, experiment)}
+    (result,) = yield {("run", path): (run, experiment)}
+    return result
+
+
+def _prepared(experiment: Experiment) -> tuple[Solver, list[list[range]]]:
+    return _learned_once(experiment)[0], _blocks(_setup(experiment))
+
+
+def _draw(experiment: Experiment, solver: Solver, seeds: range) -> None:
+    _shard(experiment, solver, seeds)
+
+
+def _draw_teacher(experiment: Experiment, seeds: range) -> None:
+    setup = _setup(experiment)
+    _teacher_samples(setup, seeds)
+    whole = _part_config(setup, range(setup.params.fid_samples))
+    if not tensors_path(setup, "teacher_sums", whole).exists():
+        _teacher_part(setup, seeds)
+
+
+def _merge_teacher(experiment: Experiment) -> None:
+    _teacher_sums(_setup(experiment))
+
+
+@contextlib.contextmanager
+def _executor(
+    workers: int | None, given: Executor | None, folder: Path
+) -> Iterator[tuple[Executor, int]]:
+    """What carries tasks out, and how many experiments it has under way at a time."""
+    file = os.environ.get("S4S_EXECUTOR")
+    with contextlib.ExitStack() as stack:
+        if given or (file and not workers):
+            stack.enter_context(_alone_with_a_cluster())
+            sign = tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=TEMPORARY)
+            name = Path(stack.enter_context(sign).name).absolute()
+            given = given or stack.enter_context(cluster(Path(str(file)).expanduser()))
+            yield Elsewhere(given, results_folder().absolute(), name), AT_ONCE
+            return
+        workers = workers or (1 if torch.cuda.is_available() else usable_cores())
+        if workers == 1:
+            yield ThisProcess(), 1
+        else:
+            yield stack.enter_context(processes(workers)), 2 * workers
+
+
+@contextlib.contextmanager
+def _alone_with_a_cluster() -> Iterator[None]:
+    """Say so where another notebook works with a cluster on the same results."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(results_folder() / ".cluster.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(
+            f"another notebook has a cluster at work on {results_folder()}: what both need is "
+            "computed twice, and nothing is lost",
+            file=sys.stderr,
+        )
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def usable_cores() -> int:
@@ -246,40 +470,6 @@ def usable_cores() -> int:
     from joblib import cpu_count  # affinity, containers, and LOKY_MAX_CPU_COUNT
 
     return min(cpu_count(), int(os.environ.get("SLURM_CPUS_PER_TASK") or 10**6))
-
-
-def _run_in_processes(
-    rounds: list[tuple[Callable[[Experiment], Any], list[Experiment]]], workers: int
-) -> None:
-    """Run the rounds in order: shared grids and statistics first, then all that uses them."""
-    context = multiprocessing.get_context("spawn")  # forked children inherit torch's locks
-    others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
-        try:
-            with progress(total=sum(len(e) for _, e in rounds), desc="runs") as bar:
-                for job, experiments in rounds:
-                    for done in as_completed([pool.submit(job, e) for e in experiments]):
-                        done.result()
-                        bar.update()
-        except KeyboardInterrupt:  # must not wait for the runs that are under way
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-            raise
-        finally:  # after an error those under way are finished, and kept
-            pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    """Use one thread, and exit when the parent dies: a killed kernel would leave workers."""
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # only workers come here
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def initial_solver(experiment: Experiment) -> Solver:
@@ -305,7 +495,7 @@ def _time_grid(experiment: Experiment, setup: Setup) -> TimeGrid:
     name = experiment.grid
     nfe = count_steps(experiment.solver, experiment.order, experiment.nfe)
     if name == "ld3":
-        return run(_ld3(experiment)).solver.grid
+        return _learned_once(_ld3(experiment))[0].grid
     if name in GRIDS:
         return GRIDS[name](setup.schedule, nfe)
     make = lambda: {"t": SEARCHED[name](setup, nfe).t}  # noqa: E731
@@ -412,34 +602,54 @@ def _statistics(setup: Setup, seed: int) -> tuple[ModelStatistics, float]:
     return ModelStatistics(**tables), seconds
 
 
-def _teacher_samples(setup: Setup) -> Tensor:
-    """The teacher's samples from the evaluation seeds, cached."""
+def _teacher_samples(setup: Setup, seeds: range) -> Tensor:
+    """The teacher's samples of some evaluation seeds, float32 on the CPU, cached in chunks."""
+
+    def make(chunk: range) -> dict[str, Tensor]:
+        batches = sample_batches(setup.teacher, setup, chunk, "teacher")
+        return {"x_0": torch.cat([x.float().cpu() for x in batches])}
+
+    found = []
+    for chunk in _chunks(range(setup.params.fid_samples)):
+        if overlap := range(max(chunk.start, seeds.start), min(chunk.stop, seeds.stop)):
+            config = {"seeds": [chunk.start, chunk.stop]}
+            x_0 = cached_tensors(setup, "teacher_samples", config, partial(make, chunk))["x_0"]
+            found.append(x_0[overlap.start - chunk.start : overlap.stop - chunk.start])
+    return torch.cat(found)
+
+
+def _teacher_part(setup: Setup, seeds: range) -> dict[str, FeatureSums]:
+    """Sums of the teacher's samples from the seeds as far above those of the evaluation, cached."""
 
     def make() -> dict[str, Tensor]:
-        batches = sample_batches(setup.teacher, setup, range(setup.params.fid_samples), "teacher")
-        return {"x_0": torch.cat([x.cpu() for x in batches])}
+        sums: dict[str, FeatureSums] = {}
+        n = setup.params.fid_samples
+        others = range(n + seeds.start, n + seeds.stop)
+        for x in sample_batches(setup.teacher, setup, others, "teacher, other noises"):
+            sums = _merged(sums, _sums(setup, x))
+        return _packed(sums)
 
-    config = {"seeds": setup.params.fid_samples}
-    return cached_tensors(setup, "teacher_samples", config, make)["x_0"]
+    return _unpacked(cached_tensors(setup, "teacher_part", _part_config(setup, seeds), make))
+
+
+def _part_config(setup: Setup, seeds: range) -> dict[str, Any]:
+    n = setup.params.fid_samples
+    return {"seeds": [n + seeds.start, n + seeds.stop], "features": setup.features_name}
 
 
 def _teacher_sums(setup: Setup) -> dict[str, FeatureSums]:
     """Sums of the teacher's samples from as many seeds above those of the evaluation, cached."""
-    n, size = setup.params.fid_samples, setup.params.sample_batch_size
+    seeds = range(setup.params.fid_samples)
+    read: list[range] = []
 
     def make() -> dict[str, Tensor]:
-        batches = sample_batches(setup.teacher, setup, range(n, 2 * n), "teacher, other noises")
-        parts = [_sums(setup, x.split(size)) for x in batches]
-        merged = {name: merge(*(part[name] for part in parts)) for name in parts[0]}
-        return {
-            f"{name}_{key}": torch.as_tensor(value)
-            for name, sums in merged.items()
-            for key, value in vars(sums).items()
-        }
+        sums: dict[str, FeatureSums] = {}
+        for chunk in _chunks(seeds):
+            sums = _merged(sums, _teacher_part(setup, chunk))
+            read.append(chunk)
+        return _packed(sums)
 
-    config = {"seeds": [n, 2 * n], "features": setup.features_name}
-    found = cached_tensors(setup, "teacher_sums", config, make)
-    return {
-        name: FeatureSums(int(found[f"{name}_n"]), found[f"{name}_first"], found[f"{name}_second"])
-        for name in ("features", "thumbnails")
-    }
+    found = cached_tensors(setup, "teacher_sums", _part_config(setup, seeds), make)
+    for chunk in read:  # what they made is kept now
+        tensors_path(setup, "teacher_part", _part_config(setup, chunk)).unlink(missing_ok=True)
+    return _unpacked(found)
