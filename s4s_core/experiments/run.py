@@ -130,7 +130,7 @@ def _measured(solver: Solver, setup: Setup) -> tuple[dict[str, Any], dict[str, l
     error = x_0 - _teacher_samples(setup)
     others = _teacher_sums(setup)
     # A block has as many samples as features, at least: their covariance is singular otherwise.
-    n_blocks = min(BLOCKS, max(1, n // len(others["features"].first)))
+    n_blocks = min(BLOCKS, max(1, n // len(others["features"].mean)))
     parts = torch.arange(n).tensor_split(n_blocks)
     sums = [_sums(setup, x_0[part].split(size)) for part in parts]
 
@@ -440,6 +440,6 @@ def _teacher_sums(setup: Setup) -> dict[str, FeatureSums]:
     config = {"seeds": [n, 2 * n], "features": setup.features_name}
     found = cached_tensors(setup, "teacher_sums", config, make)
     return {
-        name: FeatureSums(int(found[f"{name}_n"]), found[f"{name}_first"], found[f"{name}_second"])
+        name: FeatureSums(int(found[f"{name}_n"]), found[f"{name}_mean"], found[f"{name}_scatter"])
         for name in ("features", "thumbnails")
     }
