@@ -179,8 +179,10 @@ def read_json(path: str | Path, kind: str, make: Callable[[Any], Made]) -> Made:
         return make(json.loads(content.decode(), object_pairs_hook=_once))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, lists in lists
+    except json.JSONDecodeError as error:
         raise UsageError(f"{path} is not a readable {kind} ({reason(path, error)})") from None
+    except (ValueError, RecursionError):  # not UTF-8, endless digits, endless lists in lists
+        raise UsageError(f"{path} is not a readable {kind}: it is no plain JSON") from None
 
 
 LARGEST_JSON = 2**27  # bytes; tables of each pixel take megabytes

@@ -32,7 +32,9 @@ def as_numbers(name: str, values: Any) -> Tensor:
 
 def _has_bool(values: Any) -> bool:
     """Whether there is a bool in nested lists, where torch takes it for a number."""
-    return any(map(_has_bool, values)) if isinstance(values, (list, tuple)) else type(values) is bool
+    return (
+        any(map(_has_bool, values)) if isinstance(values, (list, tuple)) else type(values) is bool
+    )
 
 
 @dataclass(frozen=True, eq=False)

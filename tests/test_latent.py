@@ -700,7 +700,9 @@ def flipped(path):
     """A checkpoint with other weights than its checksums say."""
     torch.save(FOUR, path)
     data = path.read_bytes()
-    path.write_bytes(data.replace(torch.arange(4.0).numpy().tobytes(), torch.ones(4).numpy().tobytes()))
+    path.write_bytes(
+        data.replace(torch.arange(4.0).numpy().tobytes(), torch.ones(4).numpy().tobytes())
+    )
 
 
 def zip_bomb(path):

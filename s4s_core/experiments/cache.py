@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -23,6 +23,8 @@ from torch import Tensor
 from ..errors import TEMPORARY, UsageError, folder_from, write_atomically, writing
 from ..params import PACKAGE
 from ..setup import Setup
+
+Made = TypeVar("Made")
 
 
 def results_folder() -> Path:
@@ -112,16 +114,34 @@ def say_again(path: Path, reason: str) -> None:
 
 
 def sealed(entries: dict[str, Any]) -> dict[str, Any]:
-    """Return JSON entries with a hash of themselves, which `is_sealed` checks."""
+    """Return JSON entries with a hash of themselves, which `read_sealed` checks."""
     return {**entries, "sha256": hashlib.sha256(_text(entries).encode()).hexdigest()}
 
 
-def is_sealed(entries: Any) -> bool:
-    """Whether these are the entries that `sealed` returned."""
-    if not isinstance(entries, dict):
-        return False
-    rest = {k: v for k, v in entries.items() if k != "sha256"}
-    return entries.get("sha256") == sealed(rest)["sha256"]
+def write_sealed(path: Path, entries: dict[str, Any]) -> None:
+    """Write JSON entries, "config" among them, for `read_sealed`."""
+    write_atomically(path, (json.dumps(sealed(entries), indent=1) + "\n").encode())
+
+
+def read_sealed(
+    path: Path, config: dict[str, Any], make: Callable[[dict[str, Any]], Made]
+) -> Made | None:
+    """Return make(entries) of what `write_sealed` wrote for `config`.
+
+    None if it is not there, or is not believed.
+    """
+    if (content := read_cached(path)) is None:
+        return None
+    try:
+        entries = json.loads(content)
+        rest = {k: v for k, v in dict(entries).items() if k != "sha256"}
+        if sealed(rest) == entries and rest["config"] == config:
+            return make(rest)
+        reason = "it holds other numbers than were written"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error)
+    say_again(path, reason)
+    return None
 
 
 def _text(config: Any) -> str:

@@ -14,7 +14,7 @@ from ..gauss_newton import learn_gauss_newton
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, learn_alternating, learn_coefficients, learn_jointly, learn_times
 from ..models.zoo import params_for, reference, weights
-from ..params import Params, datasets
+from ..params import Params, check_names, datasets
 from ..published import SOLVERS, count_steps
 from ..schedule import NAMED_SCHEDULES, VPDiscrete
 from ..setup import Setup
@@ -91,6 +91,7 @@ class Experiment:
         require_whole("seed", self.seed, 0, SEED_LIMIT - 1)
         if not isinstance(self.settings, dict):
             raise UsageError(f"settings must be a mapping, not {shown(self.settings)}")
+        check_names(self.settings)
         object.__setattr__(self, "settings", dict(self.settings))
         if self.order > self.nfe:
             raise UsageError(

@@ -4,7 +4,6 @@ Results live under `results/` by the hash of the complete effective configuratio
 setting is a new result, never a stale hit. Nothing else writes there.
 """
 
-import json
 import multiprocessing
 import os
 import platform
@@ -24,7 +23,7 @@ from torch import Tensor
 from .. import __version__
 from ..baselines.dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from ..denoiser import CallCounter
-from ..errors import progress, write_atomically
+from ..errors import UsageError, progress, require_whole, shown
 from ..evaluate import FeatureSums, feature_sums, frechet_distance, merge, thumbnails
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, LearningDivergedError
@@ -34,7 +33,7 @@ from ..published import SOLVERS, Table, count_steps, table_by_name
 from ..setup import Setup
 from ..solver import Coefficients, Solver
 from ..teacher import TeacherSet, make_teacher_set, sample_batches
-from .cache import cache_path, cached_tensors, is_sealed, read_cached, say_again, sealed
+from .cache import cache_path, cached_tensors, read_sealed, write_sealed
 from .experiment import DPM_SOLVER_V3, SEARCHED, Experiment
 
 if TYPE_CHECKING:
@@ -79,17 +78,9 @@ class Result:
     @classmethod
     def read(cls, path: Path, config: dict[str, Any]) -> "Result | None":
         """Return what `run` wrote for this configuration, or None if it is not there or unsound."""
-        if (content := read_cached(path)) is None:
-            return None
-        try:
-            entries = json.loads(content)
-            if is_sealed(entries) and entries.pop("sha256") and entries["config"] == config:
-                return cls(**{**entries, "solver": Solver.from_dict(entries["solver"])})
-            reason = "it holds other numbers than were written"
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = str(error)
-        say_again(path, reason)
-        return None
+        return read_sealed(
+            path, config, lambda e: cls(**{**e, "solver": Solver.from_dict(e["solver"])})
+        )
 
     def row(self) -> dict[str, Any]:
         """Return one flat record for tables and plots; the blocks of a number are a column."""
@@ -105,6 +96,7 @@ def run(experiment: Experiment) -> Result:
 
     Interrupting leaves the best solver so far beside where the result would be, and no result.
     """
+    _check(experiment)
     path, config = experiment.path(), experiment.config()
     if (result := Result.read(path, config)) is not None:
         return result
@@ -119,8 +111,14 @@ def run(experiment: Experiment) -> Result:
     result = Result(config, solver, blocks=blocks, history=history, **metrics, **costs)
     entries = {f.name: getattr(result, f.name) for f in fields(Result)}
     entries["solver"] = solver.to_dict()
-    write_atomically(path, (json.dumps(sealed(entries), indent=1) + "\n").encode())
+    write_sealed(path, entries)
     return result
+
+
+def _check(experiment: Experiment) -> None:
+    """Raise UsageError for what is no experiment."""
+    if not isinstance(experiment, Experiment):
+        raise UsageError(f"an Experiment is run, not {shown(experiment)}")
 
 
 def _measured(solver: Solver, setup: Setup) -> tuple[dict[str, Any], dict[str, list[float]]]:
@@ -170,15 +168,11 @@ def learn_on(setup: Setup, experiment: Experiment) -> Solver:
     """
     config = experiment.config() | {"model": setup.model}
     path = cache_path(setup.name, "solver", config, "json")
-
-    def made_for(path: Path) -> Solver | None:
-        solver = Solver.load(path) if path.exists() else None
-        return solver if solver and solver.provenance.get("experiment") == config else None
-
-    if (solver := made_for(path)) is None:
+    solver = read_sealed(path, config, lambda entries: Solver.from_dict(entries["solver"]))
+    if solver is None:
         solver, _, _ = _learned(experiment, setup, path)
         solver = replace(solver, provenance=solver.provenance | {"experiment": config})
-        solver.save(path)
+        write_sealed(path, {"config": config, "solver": solver.to_dict()})
     return solver
 
 
@@ -225,7 +219,14 @@ def run_all(
     from pandas import DataFrame
 
     named = experiments.items() if isinstance(experiments, Mapping) else [("", experiments)]
+    for name, group in named:
+        if not isinstance(group, Sequence):
+            raise UsageError(f"run_all takes lists of experiments, not {name} {shown(group)}")
     todo = [(name, experiment) for name, group in named for experiment in group]
+    for _, experiment in todo:
+        _check(experiment)
+    if workers is not None:
+        require_whole("workers", workers, 1)
     workers = workers or (1 if torch.cuda.is_available() else usable_cores())
     missing = [e for _, e in todo if not e.path().exists()]
     if workers > 1 and len(missing) > 1:

@@ -192,7 +192,9 @@ def _captions(path: str | Path) -> list[str]:
         if "\0" in "".join(lines) or "".join(lines[:1]).lstrip().startswith("<"):
             raise ValueError("it is no text, or a web page")
     except (OSError, ValueError, csv.Error) as error:
-        raise UsageError(f"{path} is no readable file of captions ({reason(path, error)})") from None
+        raise UsageError(
+            f"{path} is no readable file of captions ({reason(path, error)})"
+        ) from None
     lines = [s for line in lines if (s := " ".join(line.split()))]
     if not lines:
         raise UsageError(f"{path} has no captions: give a text file with one in each line")
