@@ -307,9 +307,10 @@ def test_images_that_cannot_be_read_are_named_in_one_sentence(tmp_path, one_sent
         path.write_bytes(content)
         with one_sentence(str(path), "not a readable image"):
             read_reference(tmp_path, lambda x: x)
-    Image.new("I;16", (8, 8)).save(path)
-    with one_sentence(str(path), "8 bits"):
-        read_reference(tmp_path, lambda x: x)
+    for mode, size, words in (("I;16", 8, "8 bits"), ("1", 2049, "more than 4194304 pixels")):
+        Image.new(mode, (size, size)).save(path)
+        with one_sentence(str(path), words):
+            read_reference(tmp_path, lambda x: x)
 
 
 def test_a_folder_without_images_is_refused_in_one_sentence(tmp_path, one_sentence):

@@ -365,7 +365,18 @@ def test_captions_are_what_their_lines_say(tmp_path, name, content, expected):
 
 
 @pytest.mark.parametrize(
-    "content", [b'text\n"a dog\ncat\n', b"\xff\xfea", b"words\ncat\n", b"text\n"]
+    "content",
+    [
+        b'text\n"a dog\ncat\n',
+        b"\xff\xfea",
+        b"words\ncat\n",
+        b"text\n",
+        b"",
+        b"text\na dog, asleep\n",
+        b"text,text\na,b\n",
+        b"text\n<!DOCTYPE html>\n",
+        b"text\na\0b\n",
+    ],
 )
 def test_captions_that_cannot_be_read_are_refused(tmp_path, one_sentence, content):
     (tmp_path / "a.csv").write_bytes(content)
