@@ -263,7 +263,9 @@ def check_contract(denoiser: Denoiser, x: Tensor, t: Tensor, gradient: bool = Fa
         seen = 1 * asked
         try:
             first = denoiser(seen, t)
-        except (RuntimeError, TypeError) as error:
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a network makes of it
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UsageError(
                 f"the denoiser fails for x in {x.dtype} and t in {t.dtype} ({reason}): take x and "
@@ -275,6 +277,8 @@ def check_contract(denoiser: Denoiser, x: Tensor, t: Tensor, gradient: bool = Fa
         shape = getattr(first, "shape", None)
         what = type(first).__name__ if shape is None else f"shape {tuple(shape)}"
         fault = f"returns {what} for x of shape {tuple(x.shape)}"
+    elif not first.is_floating_point() or first.device != x.device:
+        fault = f"returns {first.dtype} on {first.device} for {x.dtype} on {x.device}"
     elif not torch.equal(seen.detach(), before):
         fault = "writes into its input: let it work on a copy"
     elif not gradient and not first.isfinite().all():  # a learner says so, and keeps its best

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import reprlib
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +17,11 @@ Made = TypeVar("Made")
 
 class UsageError(ValueError):
     """An error that the user can fix: it says what is wrong, what is allowed and what to do."""
+
+    def __str__(self) -> str:
+        """Return the sentence in one line, whatever names, paths or addresses it tells of."""
+        line = " ".join(super().__str__().splitlines())
+        return re.sub(r"(\S{90})\S{60,}(\S{90})", r"\1...\2", line)
 
     def _render_traceback_(self) -> list[str]:
         """Return what IPython prints instead of a traceback: the sentence alone."""
@@ -36,22 +43,28 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def require_whole(name: str, value: object, at_least: int) -> None:
-    """Raise UsageError unless `value` is an int, and no bool, of at least this size."""
-    if type(value) is not int or value < at_least:
+def require_whole(name: str, value: object, at_least: int, at_most: int = 10**6) -> None:
+    """Raise UsageError unless `value` is an int, and no bool, between these two."""
+    if type(value) is not int or not at_least <= value <= at_most:
         raise UsageError(
-            f"{name} must be a whole number of at least {at_least}, not {shown(value)}"
+            f"{name} must be a whole number from {at_least} to {at_most}, not {shown(value)}"
         )
 
 
 def choose(kind: str, name: object, allowed: Collection[str]) -> Any:
     """Return `allowed[name]`, or `name` itself if `allowed` is not a mapping.
 
-    Raises UsageError, which lists the choices of this `kind`, if `name` is not among them.
+    Raises UsageError, which lists the choices of this `kind`, or of many the ten with the nearest
+    names, if `name` is not among them.
     """
     if not isinstance(name, str) or name not in allowed:
-        choices = ", ".join(sorted(allowed))
-        raise UsageError(f"unknown {kind} {shown(name)}; choose one of: {choices}")
+        choices, others = sorted(allowed), ""
+        if len(choices) > 30:
+            others = f" (and {len(choices) - 10} less like it)"
+            choices = get_close_matches(shown(name), choices, 10, 0)
+        raise UsageError(
+            f"unknown {kind} {shown(name)}; choose one of: {', '.join(choices)}{others}"
+        )
     return allowed[name] if isinstance(allowed, dict) else name
 
 
@@ -64,23 +77,52 @@ def optional_import(packages: str, purpose: str) -> Iterator[None]:
         raise UsageError(f"{purpose} needs more packages: pip install {packages}") from None
 
 
-def read_file(path: str | Path, at_most: int) -> bytes:
-    """Return the content of a file of at most so many bytes.
+def require_file(path: str | Path) -> None:
+    """Raise UsageError unless `path` is a file: a pipe or a device would never end."""
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no file {path}; check the path, or fetch or train it")
 
-    Raises UsageError for one that is larger or cannot be read, and for what is no file: a folder,
-    or a pipe or a device, which never end.
-    """
-    path = Path(path)
+
+def read_file(path: str | Path, at_most: int) -> bytes:
+    """Return the content of a file of at most so many bytes; UsageError if there is none."""
+    require_file(path)
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is no file")
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             content = file.read(at_most + 1)
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror})") from None
     if len(content) > at_most:
         raise UsageError(f"{path} has more than {at_most:,} bytes, which is too large to be right")
     return content
+
+
+def reason(path: str | Path, error: Exception) -> str:
+    """Return why a file cannot be read: what it really is, or else the error's first sentence."""
+    with suppress(OSError, UsageError):
+        require_file(path)
+        with open(path, "rb") as file:
+            start = file.read(200).strip().lower()
+        if not start:
+            return "it is empty"
+        if start.startswith(b"version https://git-lfs"):
+            return "it is a Git LFS pointer, in whose place git lfs pull puts the file"
+        if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+            return "it is a web page"
+    words = str(error).split() or [type(error).__name__]
+    return " ".join(words).split(". ")[0][:200]  # a second sentence may give unsafe advice
+
+
+def folder_from(variable: str) -> Path | None:
+    """Return the folder that an environment variable names, or None where it names none.
+
+    Raises UsageError for the home of a user that does not exist.
+    """
+    if not (named := os.environ.get(variable)):
+        return None
+    try:
+        return Path(named).expanduser().absolute()
+    except RuntimeError:
+        raise UsageError(f"{variable} is {named}, and there is no such user") from None
 
 
 TEMPORARY = ".tmp"  # what the names of half-written files end in; they begin with a dot
@@ -95,19 +137,22 @@ def writing(path: Path, remedy: str = "choose another place") -> Iterator[None]:
     """Turn an OSError inside the block into a CannotWriteError, which names the path."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise CannotWriteError(f"cannot write {path} ({reason}): make room, or {remedy}") from None
+    except (OSError, ValueError) as error:  # ValueError: no system has such a name
+        why = getattr(error, "strerror", None) or error
+        raise CannotWriteError(f"cannot write {path} ({why}): make room, or {remedy}") from None
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write `content` beside `path`, then rename: no reader ever meets half a file.
 
     Several processes may write the same path; the last to finish wins, whole. Raises
-    CannotWriteError where the system does not let it.
+    CannotWriteError where the system does not let it, and for a pipe or a device, which the new
+    file would replace.
     """
     path = Path(path)
     with writing(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is there, and no file")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
         os.close(handle)
@@ -126,14 +171,31 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def read_json(path: str | Path, kind: str, make: Callable[[Any], Made]) -> Made:
     """Return make(contents) of a JSON file, such as a "solver file": data, never executed.
 
-    Raises UsageError, naming the file, if it cannot be read or if `make` refuses its contents.
+    Raises UsageError, naming the file, if it cannot be read, if it says something twice, or if
+    `make` refuses its contents.
     """
+    content = read_file(path, LARGEST_JSON)
     try:
-        return make(json.loads(Path(path).read_text("utf-8")))
+        return make(json.loads(content.decode(), object_pairs_hook=_once))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
-        raise UsageError(f"{path} is not a readable {kind} ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is not a readable {kind} ({reason(path, error)})") from None
+    except (ValueError, RecursionError):  # not UTF-8, endless digits, endless lists in lists
+        raise UsageError(f"{path} is not a readable {kind}: it is no plain JSON") from None
+
+
+LARGEST_JSON = 2**27  # bytes; tables of each pixel take megabytes
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; UsageError for a name that is there twice."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = max(names, key=names.count)
+        raise UsageError(f"{shown(twice)} is here twice")
+    return entries
 
 
 def halve_batch(size: int, what: str) -> int:

@@ -17,19 +17,18 @@ from .errors import UsageError
 
 @dataclass(frozen=True)
 class FeatureSums:
-    """Sums over n samples of features f (F,) and of f f^T (F, F), float64 on the CPU.
+    """Sums over n samples of features f (F,), float64 on the CPU: their mean and their scatter.
 
-    Sums of disjoint samples add up exactly as the samples do, so they can be made in shards.
+    mean     (F,)
+    scatter  (F, F), the sum of (f - mean) (f - mean)^T. Where the mean is far larger than the
+             spread, sums of f f^T itself would lose the covariance to rounding
+
+    Sums of disjoint samples merge (Chan et al. 1979), so they can be made in shards.
     """
 
     n: int
-    first: Tensor
-    second: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """(F,)"""
-        return self.first / self.n
+    mean: Tensor
+    scatter: Tensor
 
     @property
     def covariance(self) -> Tensor:
@@ -39,7 +38,7 @@ class FeatureSums:
         """
         if self.n < 2:
             raise UsageError(f"a Fréchet distance needs at least 2 samples a side, not {self.n}")
-        return (self.second - self.n * torch.outer(self.mean, self.mean)) / (self.n - 1)
+        return self.scatter / (self.n - 1)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ def feature_sums(features: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
     ] = ()  # one running sum: 500 batches of 2048 x 2048 would fill 17 GB
     for x in batches:
         f = features(x).double()
-        total = (merge(*total, FeatureSums(len(f), f.sum(0).cpu(), (f.T @ f).cpu())),)
+        centred = f - f.mean(0)
+        total = (merge(*total, FeatureSums(len(f), f.mean(0).cpu(), (centred.T @ centred).cpu())),)
     return merge(*total)
 
 
@@ -66,11 +66,12 @@ def merge(*parts: FeatureSums) -> FeatureSums:
     """Return the sums over all the parts' samples together."""
     if not parts:
         raise UsageError("there are no samples to take features of")
-    return FeatureSums(
-        sum(p.n for p in parts),
-        torch.stack([p.first for p in parts]).sum(0),
-        torch.stack([p.second for p in parts]).sum(0),
-    )
+    n, shift = sum(p.n for p in parts), parts[0].mean
+    mean = shift + torch.stack([p.n / n * (p.mean - shift) for p in parts]).sum(0)
+    scatter = torch.zeros_like(parts[0].scatter)
+    for p in parts:
+        scatter += p.scatter + p.n * torch.outer(p.mean - mean, p.mean - mean)
+    return FeatureSums(n, mean, scatter)
 
 
 def frechet_distance(

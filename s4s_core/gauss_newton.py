@@ -68,9 +68,9 @@ def learn_gauss_newton(
     reads = {"distance", "lpips_net", "lpips_resize", "sample_batch_size", "grid_variable"}
     reads |= {"offset_fraction", "newton_batch_size", "newton_damping", "jacobian", "epochs"}
     params = setup.params.override_for("learn_gauss_newton", reads, settings)
+    for start in (solver, *starts):
+        check_fit(start, setup, teacher, seed)
     solvers = [start.learned_for(setup.model) for start in (solver, *starts)]
-    for start in solvers:
-        check_fit(start, setup, teacher)
     students = [_Student(start, params, blocks, scheme) for start in solvers]
     runs = [_Run(student, setup, teacher, params, seed) for student in students]
 

@@ -21,9 +21,20 @@ def as_numbers(name: str, values: Any) -> Tensor:
     Raises UsageError, which calls it `name`, for anything else.
     """
     try:
+        numbers = torch.as_tensor(values)
+        if numbers.dtype == torch.bool or numbers.is_complex() or _has_bool(values):
+            raise TypeError
+        # Not of the tensor above, whose floats may have been made in single precision.
         return torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise UsageError(f"{name} must be a rectangular list of numbers") from None
+
+
+def _has_bool(values: Any) -> bool:
+    """Whether there is a bool in nested lists, where torch takes it for a number."""
+    return (
+        any(map(_has_bool, values)) if isinstance(values, (list, tuple)) else type(values) is bool
+    )
 
 
 @dataclass(frozen=True, eq=False)

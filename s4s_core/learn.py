@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import check_contract, rematerialized
-from .errors import UsageError, halve_batch, progress
+from .errors import UsageError, halve_batch, progress, require_whole, shown
 from .grid import LearnedGrid, TimeGrid
 from .objective import (
     Distance,
@@ -35,7 +35,7 @@ from .objective import (
 from .params import Params
 from .published import Scheme, Table
 from .setup import Setup
-from .solver import Coefficients, Solver, consistent, count_parameters
+from .solver import Coefficients, Solver, check_noise, consistent, count_parameters
 from .teacher import TeacherSet
 
 
@@ -160,7 +160,7 @@ def _learn(
     scheme: Scheme | None = None,
 ) -> Iterator[Epoch]:
     """The one loop: `phases` lists which blocks step, and for how many passes."""
-    check_fit(solver, setup, teacher)
+    check_fit(solver, setup, teacher, seed)
     _check_gradient(solver, setup, teacher)
     solver = solver.learned_for(setup.model)
     student = _Student(solver, params, any("phi" in phase for phase, _ in phases), scheme)
@@ -206,8 +206,12 @@ def _learn(
                 yield Epoch(index, phase, train_loss, valid_loss, moved, now, best, noise.x)
 
 
-def check_fit(solver: Solver, setup: Setup, teacher: TeacherSet) -> None:
-    """Raise UsageError unless solver, model and pairs belong together."""
+def check_fit(solver: Solver, setup: Setup, teacher: TeacherSet, seed: int) -> None:
+    """Raise UsageError unless solver, model and pairs belong together, and the seed is one."""
+    for given, kind in ((solver, Solver), (teacher, TeacherSet)):
+        if not isinstance(given, kind):
+            raise UsageError(f"a {kind.__name__} is needed to learn, not {shown(given)}")
+    require_whole("seed", seed, 0, 2**63 - 1)
     if solver.grid.schedule != setup.schedule:
         raise UsageError(
             f"the solver is made for {solver.grid.schedule}, the model for {setup.schedule}: build "
@@ -218,6 +222,9 @@ def check_fit(solver: Solver, setup: Setup, teacher: TeacherSet) -> None:
             f"the teacher set has samples of shape {tuple(teacher.x_T.shape[1:])}, the model of "
             f"{tuple(setup.shape)}: make it with make_teacher_set(setup)"
         )
+    check_noise(teacher.x_T, setup.schedule)
+    if not teacher.x_0.isfinite().all():
+        raise UsageError("the teacher set has samples that are NaN or infinite: make it again")
     if setup.condition and teacher.seeds is None:
         raise UsageError(
             f"{setup.name} needs each sample's condition and the teacher set does not know its "
@@ -229,9 +236,10 @@ def _check_gradient(solver: Solver, setup: Setup, teacher: TeacherSet) -> None:
     """Raise UsageError unless the model answers twice alike, and autograd reaches x through it."""
     if torch.is_inference_mode_enabled() or teacher.x_T.is_inference():
         raise UsageError("learning needs gradients: leave torch.inference_mode, here and for pairs")
-    seeds = None if teacher.seeds is None else teacher.seeds[:2].tolist()
+    n = max(2, 64 // math.prod(setup.shape))  # dropout may leave a few numbers as they are
+    seeds = None if teacher.seeds is None else teacher.seeds[:n].tolist()
     denoiser, t = setup.denoiser_for(seeds), solver.grid.t_model[solver.grid.nfe // 2]
-    x = setup.schedule.alpha(t) * teacher.x_0[:2] + setup.schedule.sigma(t) * teacher.x_T[:2] / (
+    x = setup.schedule.alpha(t) * teacher.x_0[:n] + setup.schedule.sigma(t) * teacher.x_T[:n] / (
         setup.schedule.sigma(setup.schedule.T)
     )
     check_contract(denoiser, x.to(setup.device), t, gradient=True)

@@ -130,14 +130,13 @@ class Params:
 
     def override(self, **settings: Any) -> "Params":
         """Return a copy with some settings replaced; None leaves one as it is."""
-        for name in settings:
-            choose("setting", name, {f.name for f in fields(self)})
+        check_names(settings)
         return replace(self, **{k: v for k, v in settings.items() if v is not None})
 
     def override_for(self, function: str, reads: Collection[str], settings: dict) -> "Params":
         """Return `override(**settings)`, after refusing what `function` does not read."""
+        check_names(settings)
         for name in settings:
-            choose("setting", name, {f.name for f in fields(self)})
             if name not in reads:
                 raise UsageError(
                     f"{function} does not read {name} ({_about(name)}): leave it out; it reads "
@@ -148,6 +147,12 @@ class Params:
     def of_the_model(self) -> "Params":
         """Return what the model is built with, all other settings at their defaults."""
         return Params(**{name: getattr(self, name) for name in OF_THE_MODEL})
+
+
+def check_names(settings: dict) -> None:
+    """Raise UsageError unless every key is the name of a setting."""
+    for name in settings:
+        choose("setting", name, {f.name for f in fields(Params)})
 
 
 OF_THE_MODEL = tuple(f.name for f in fields(Params) if f.metadata["of_the_model"])
@@ -323,7 +328,7 @@ def _read(path: str | Path) -> tuple[dict, dict[str, dict], str]:
         raise UsageError(f"{path} must be a YAML mapping from keys to values")
     presets, usual = entries.pop("presets", {}), entries.pop("preset", FULL)
     try:
-        if not isinstance(presets, dict) or FULL in presets:
+        if not isinstance(presets, dict) or not all(type(n) is str and n != FULL for n in presets):
             raise UsageError(f"presets must map names other than {FULL} to settings")
         for name in ("schedule", "shape"):
             if not entries.get(name):
@@ -331,8 +336,7 @@ def _read(path: str | Path) -> tuple[dict, dict[str, dict], str]:
         for own in ({}, *presets.values()):
             if not isinstance(own, dict):
                 raise UsageError(f"a preset must map settings to values, not be {shown(own)}")
-            for name in entries | own:
-                choose("setting", name, {f.name for f in fields(Params)})
+            check_names(entries | own)
             Params(**entries | own)
         choose("preset", usual, {FULL: {}, **presets})
     except UsageError as error:

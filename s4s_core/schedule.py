@@ -273,4 +273,7 @@ def schedule_from_dict(entries: dict) -> NoiseSchedule:
         valid = False
     if not valid:
         raise UsageError(f"{schedule} must have T > t_min > 0 and a lam that rises from T to t_min")
+    # Older files have no shift, for 1.
+    if missing := {f.name for f in fields(cls)} - {*constants, "shift"}:
+        raise UsageError(f"the noise schedule lacks {', '.join(sorted(missing))}")
     return schedule

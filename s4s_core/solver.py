@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .errors import UsageError, choose, read_file, shown, write_atomically
+from .errors import LARGEST_JSON, UsageError, choose, read_json, shown, write_atomically
 from .grid import TimeGrid, as_numbers
 from .schedule import NoiseSchedule, schedule_from_dict
 
 PREDICTIONS = ("noise", "data")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that samples may have
 AnyTable = TypeVar("AnyTable", bound="Coefficients | SingleStepCoefficients")
 
 
@@ -370,10 +371,14 @@ def _check_estimate(D: Any, x: Tensor) -> None:
     shape = getattr(D, "shape", None)
     if not isinstance(D, Tensor) or shape != x.shape:
         found = type(D).__name__ if shape is None else f"shape {tuple(shape)}"
-        raise UsageError(
-            f"the denoiser returned {found} for input {tuple(x.shape)}; it must return an "
-            "estimate of x_0, a tensor of the same shape"
-        )
+    elif not D.is_floating_point() or D.device != x.device:
+        found = f"{D.dtype} on {D.device}"
+    else:
+        return
+    raise UsageError(
+        f"the denoiser returned {found} for input {tuple(x.shape)}; it must return an "
+        "estimate of x_0, a tensor of floats of the same shape and on the same device"
+    )
 
 
 def solve(
@@ -420,6 +425,8 @@ class Solver:
 
     def trajectory(self, denoiser: Denoiser, x_T: Tensor) -> Generator[Tensor, Tensor | None, None]:
         """Yield x at t_0 .. t_N; see the function of the same name."""
+        if not callable(denoiser):
+            raise UsageError(f"the denoiser must be a function D(x, t), not {shown(denoiser)}")
         schedule = getattr(denoiser, "schedule", self.grid.schedule)
         if schedule != self.grid.schedule:
             raise UsageError(
@@ -437,7 +444,7 @@ class Solver:
         sample is not finite. Warns if the solver was learned for another model or guidance.
         """
         x_T = x_T if isinstance(x_T, Tensor) else as_numbers("x_T", x_T)
-        _check_noise(x_T, self.grid.schedule)
+        check_noise(x_T, self.grid.schedule)
         learned_for, model = self.provenance.get("model"), getattr(denoiser, "model", None)
         if isinstance(learned_for, dict) and model and learned_for != model:
             message = f"this solver was learned for {_told(learned_for)}, not for {_told(model)}"
@@ -505,9 +512,9 @@ class Solver:
         """
         _check_provenance(self.provenance)
         content = (json.dumps(self.to_dict(), indent=1) + "\n").encode()
-        if len(content) > LARGEST_FILE:
+        if len(content) > LARGEST_JSON:
             raise UsageError(
-                f"{path}: a solver file of more than {LARGEST_FILE:,} bytes is not read"
+                f"{path}: a solver file of more than {LARGEST_JSON:,} bytes is not read"
             )
         write_atomically(path, content)
 
@@ -518,15 +525,7 @@ class Solver:
         Raises UsageError, naming the file, if it is missing, truncated, of another version, or
         does not hold a valid solver. The file is data: nothing in it is executed.
         """
-        content = read_file(path, LARGEST_FILE)
-        try:
-            return cls.from_dict(json.loads(content.decode()))
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path} is not a readable solver file ({error})") from None
-        except (ValueError, RecursionError):  # not UTF-8, endless digits, endless lists in lists
-            raise UsageError(f"{path} is not a readable solver file: it is no plain JSON") from None
+        return read_json(path, "solver file", cls.from_dict)
 
 
 def _check_calls(grid: TimeGrid) -> None:
@@ -544,13 +543,18 @@ def _check_calls(grid: TimeGrid) -> None:
         )
 
 
-def _check_noise(x_T: Tensor, schedule: NoiseSchedule) -> None:
+def check_noise(x_T: Tensor, schedule: NoiseSchedule) -> None:
     """Raise UsageError unless the spread of x_T can be that of alpha(T) x_0 + sigma(T) eps."""
+    if x_T.dtype not in FLOATS or x_T.layout is not torch.strided or x_T.is_meta or not x_T.numel():
+        raise UsageError(
+            "x_T must hold at least one sample, in float64, float32, bfloat16 or float16, not "
+            f"{x_T.dtype} of shape {tuple(x_T.shape)}, {x_T.layout}, on {x_T.device}"
+        )
     sigma, alpha = schedule.sigma(schedule.T).item(), schedule.alpha(schedule.T).item()
     rms, room = x_T.double().square().mean().sqrt().item(), 4 / math.sqrt(x_T.numel())
     # No tighter than chance and data of root mean square 10 allow.
     least, most = (0.8 - room) * sigma, (1.25 + room) * (sigma + 10 * alpha)
-    if math.isfinite(rms) and not least <= rms <= most:
+    if x_T.isfinite().all() and not least <= rms <= most:
         raise UsageError(
             f"x_T has the root mean square {rms:.3g}, but noise of {schedule} begins with sigma(T) "
             f"= {sigma:.3g}: multiply standard normal noise by that, as initial_noise does"
@@ -571,7 +575,7 @@ NEWER: dict[int, dict[str, Any]] = {
     2: {"scale": None},
     VERSION: {},
 }
-LARGEST_FILE, LARGEST_PROVENANCE = 2**27, 10**6  # bytes; tables of each pixel take megabytes
+LARGEST_PROVENANCE = 10**6  # characters
 KINDS = {"multistep": Coefficients, "single_step": SingleStepCoefficients}
 
 

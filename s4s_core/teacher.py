@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UsageError, halve_batch, progress, require_whole
+from .errors import UsageError, halve_batch, progress, require_whole, shown
 from .schedule import check_begins_in_noise
 from .setup import Setup
 from .solver import Solver
@@ -60,13 +60,30 @@ class TeacherSet:
 
     `seeds` (n,) are those of the noises, and so of the conditions, if the model has any.
     The relaxed starts x'_T of Eq. 7 belong to a learning run, which begins them at x_T, so a set
-    can be used again.
+    can be used again. Raises UsageError for tensors that do not fit each other, or are no floats,
+    and for a set with no pair to teach or none to validate.
     """
 
     x_T: Tensor
     x_0: Tensor
     n_train: int
     seeds: Tensor | None = None
+
+    def __post_init__(self):
+        for name in ("x_T", "x_0"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise UsageError(f"{name} must be a tensor of floats, not {shown(value)}")
+        if self.x_T.shape != self.x_0.shape or len(self.x_T) < 2:
+            raise UsageError(
+                "x_T and x_0 must be two pairs or more of one shape, not of shapes "
+                f"{tuple(self.x_T.shape)} and {tuple(self.x_0.shape)}"
+            )
+        require_whole("n_train", self.n_train, 1, len(self.x_T) - 1)
+        if self.seeds is not None and self.seeds.shape != self.x_T.shape[:1]:
+            raise UsageError(
+                f"seeds must be one a pair, {len(self.x_T)}, not of shape {tuple(self.seeds.shape)}"
+            )
 
     @property
     def train(self) -> tuple[Tensor, Tensor]:
@@ -91,14 +108,12 @@ def make_teacher_set(
     n_valid = setup.params.n_valid if n_valid is None else n_valid
     require_whole("n_train", n_train, 1)
     require_whole("n_valid", n_valid, 1)
-    require_whole("seed", seed, 0)
+    require_whole("seed", seed, 0, SEED_LIMIT - 1)
     if n_train + n_valid > SEEDS_PER_SET:
         raise UsageError(
             f"n_train and n_valid must be together at most {SEEDS_PER_SET}, not {n_train} and "
             f"{n_valid}"
         )
-    if seed >= SEED_LIMIT:
-        raise UsageError(f"the seed of a teacher set must be 0 to {SEED_LIMIT - 1}, not {seed}")
     first = SEEDS_PER_SET * (seed + 1)
     seeds = range(first, first + n_train + n_valid)
     x_0 = torch.cat([x.cpu() for x in sample_batches(setup.teacher, setup, seeds, "teacher set")])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -90,13 +91,13 @@ def test_a_setting_of_none_leaves_the_one_in_the_file():
         ({"solver": "heun"}, ["solver", "'heun'", "ipndm", "unipc"]),
         ({"learn": "phi"}, ["learn", "'phi'", "coefficients", "alternating"]),
         ({"learn": True}, ["learn", "True", "coefficients"]),
-        ({"order": 0}, ["order", "at least 1"]),
+        ({"order": 0}, ["order", "from 1 to 1000000"]),
         ({"order": 5}, ["order 5", "nfe = 4"]),
         ({"order": 2.0}, ["order", "whole number", "2.0"]),
-        ({"nfe": 0}, ["nfe", "at least 1"]),
+        ({"nfe": 0}, ["nfe", "from 1 to 1000000"]),
         ({"nfe": "4"}, ["nfe", "whole number", "'4'"]),
         ({"nfe": True}, ["nfe", "whole number", "True"]),
-        ({"seed": -1}, ["seed", "at least 0"]),
+        ({"seed": -1}, ["seed", "from 0 to 999"]),
         ({"seed": 1000}, ["seed", "1000"]),
         ({"solver": "ddim", "learn": "none"}, ["ddim", "order 1", "order 2", "learn"]),
         ({"solver": "dpm_solver_pp", "order": 4, "learn": "times"}, ["order 3", "learn"]),
@@ -687,10 +688,23 @@ def test_teacher_data_that_are_not_what_was_written_are_computed_again(
     assert str(path) in capsys.readouterr().err
 
 
-def test_a_folder_in_the_place_of_a_result_is_told_in_one_sentence(one_sentence):
-    tiny().path().mkdir(parents=True)
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda p: p.symlink_to("/dev/zero")])
+def test_what_is_no_file_in_the_place_of_a_result_is_told_in_one_sentence(one_sentence, make):
+    make(tiny().path())
     with one_sentence(str(tiny().path()), "remove it"):
         run(tiny())
+
+
+def test_a_solver_learned_elsewhere_is_believed_as_it_was_written_only(results, capsys):
+    setup = replace(s4s.load("mixture", **tiny().settings), name="mine")
+    learned = s4s.learn_on(setup, tiny())
+    (path,) = (results / "mine").glob("solver_*")
+    assert s4s.learn_on(setup, tiny()) == learned and not capsys.readouterr().err
+    entries = json.loads(path.read_text())
+    entries["solver"]["b"][1][0] += 0.1
+    path.write_text(json.dumps(entries))
+    assert s4s.learn_on(setup, tiny()) == learned
+    assert str(path) in capsys.readouterr().err
 
 
 def script(results, code: str, *arguments: str, **options) -> subprocess.Popen:
@@ -815,7 +829,7 @@ def test_command_line_keeps_the_solver_in_the_results_by_default(results, capsys
         (["--solver", "heun"], ["solver", "unipc"]),
         (["--learn", "phi"], ["learn", "coefficients"]),
         (["--order", "5"], ["order 5", "nfe"]),
-        (["--nfe", "0"], ["nfe", "at least 1"]),
+        (["--nfe", "0"], ["nfe", "from 1 to"]),
         (["--set", "lr=1"], ["setting", "lr_phi"]),
         (["--set", "lr_phi=1e-4"], ["lr_phi", "1.0e-04"]),
         (["--set", "epochs"], ["KEY=VALUE", "epochs"]),
@@ -975,8 +989,8 @@ def test_a_slip_in_a_sweep_is_one_sentence(one_sentence):
     for slip, words in (
         ({"grid": ["edm", "edn"]}, "unknown grid 'edn'"),
         ({"seed": [0, 1, 0]}, "seed must list each value once, not 0 twice"),
-        ({"nfe": ["4"]}, "nfe must be a whole number of at least 1, not '4'"),
-        ({"order": [0]}, "order must be a whole number of at least 1, not 0"),
+        ({"nfe": ["4"]}, "nfe must be a whole number from 1 to 1000000, not '4'"),
+        ({"order": [0]}, "order must be a whole number from 1 to 1000000, not 0"),
     ):
         with one_sentence(words):
             s4s.sweep(**{"dataset": "mixture", "nfe": 3, **slip})

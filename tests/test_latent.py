@@ -365,7 +365,18 @@ def test_captions_are_what_their_lines_say(tmp_path, name, content, expected):
 
 
 @pytest.mark.parametrize(
-    "content", [b'text\n"a dog\ncat\n', b"\xff\xfea", b"words\ncat\n", b"text\n"]
+    "content",
+    [
+        b'text\n"a dog\ncat\n',
+        b"\xff\xfea",
+        b"words\ncat\n",
+        b"text\n",
+        b"",
+        b"text\na dog, asleep\n",
+        b"text,text\na,b\n",
+        b"text\n<!DOCTYPE html>\n",
+        b"text\na\0b\n",
+    ],
 )
 def test_captions_that_cannot_be_read_are_refused(tmp_path, one_sentence, content):
     (tmp_path / "a.csv").write_bytes(content)
@@ -655,10 +666,12 @@ def zipped(method=zipfile.ZIP_STORED, change=lambda data: data):
 
 
 def saved(content, change=lambda data: data, **options):
-    """What torch.save writes, whose bytes `change` may damage."""
+    """What torch.save writes, whose bytes `change` may damage, without checksums to tell it."""
 
     def make(path):
+        torch.serialization.set_crc32_options(False)
         torch.save(content() if callable(content) else content, path, **options)
+        torch.serialization.set_crc32_options(True)
         path.write_bytes(change(path.read_bytes()))
 
     return make
@@ -694,6 +707,15 @@ def broken(data: bytes) -> bytes:
     return data[:middle] + bytes(100) + data[middle + 100 :]
 
 
+def flipped(path):
+    """A checkpoint with other weights than its checksums say."""
+    torch.save(FOUR, path)
+    data = path.read_bytes()
+    path.write_bytes(
+        data.replace(torch.arange(4.0).numpy().tobytes(), torch.ones(4).numpy().tobytes())
+    )
+
+
 def zip_bomb(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("model.ckpt", bytes(10_000_000))
@@ -705,6 +727,7 @@ NO_CHECKPOINTS = {
     "storage that claims more": (saved(FOUR, claims), "claims 12 numbers"),
     "storage that claims more, as its record does": (saved(FOUR, lies), "runs into the next"),
     "old storage that claims more": (saved(FOUR, claims, **OLD), "numbers"),
+    "other weights": (flipped, "other numbers than were written"),
     "complex": (saved({"w": torch.ones(2) * 1j}), "torch.ComplexFloatStorage"),
     "conjugate": (saved({"w": (torch.ones(2) * 1j).conj()}), "torch.ComplexFloatStorage"),
     "negated": (saved({"w": torch._neg_view(torch.ones(2))}), "not those of its storage"),

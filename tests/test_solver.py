@@ -38,7 +38,6 @@ from s4s_core import (
     trajectory,
     unipc,
 )
-from s4s_core import solver as solver_module
 from s4s_core.denoiser import of_model
 from s4s_core.solver import solve
 
@@ -1019,7 +1018,10 @@ def test_a_good_file_loads(saved):
         ("prediction", 3, ["prediction form"]),
         ("schedule", {"name": "Cosine"}, ["Cosine", "EDM"]),
         ("schedule", "EDM", ["mapping"]),
-        ("schedule", {"name": "VPLinear"}, ["VPLinear", "T = 1.0"]),
+        ("schedule", {"name": "VPLinear"}, ["lacks", "beta_0"]),
+        ("schedule", VPLinear().to_dict(), ["VPLinear", "T = 1.0"]),
+        ("t", [80.0, 10.0, True, 0.5, 0.002], ["t must be", "numbers"]),
+        ("b", [[True, 0.0]] * 4, ["b must be", "numbers"]),
         ("t", [80.0, 10.0, 20.0, 1.0, 0.002], ["fall strictly"]),
         ("t", [80.0, 10.0, math.nan, 1.0, 0.002], ["finite"]),
         ("t", [80.0, 10.0, 1.0, 0.002], ["t_model", "shapes"]),
@@ -1098,6 +1100,14 @@ def test_a_file_that_is_something_else_is_refused_in_one_sentence(one_sentence, 
     assert len(str(info.value)) < 500 and "set_int_max" not in str(info.value)
 
 
+def test_what_a_file_says_twice_is_refused_in_one_sentence(one_sentence, saved):
+    entries, write = saved
+    text = json.dumps(entries)
+    for twice in (text[:-1] + ', "b": [[1.0]]}', text.replace('"T": ', '"T": 3.0, "T": ')):
+        with one_sentence("solver.json", "here twice"):
+            Solver.load(write(twice))
+
+
 def test_a_truncated_file_is_refused_in_one_sentence(one_sentence, saved):
     entries, write = saved
     text = json.dumps(entries, indent=1)
@@ -1113,7 +1123,7 @@ def test_what_is_no_file_is_refused_in_one_sentence(one_sentence, tmp_path, monk
         with one_sentence(str(tmp_path / name)):
             Solver.load(tmp_path / name)
     (tmp_path / "large.json").write_bytes(b" " * 1001)
-    monkeypatch.setattr(solver_module, "LARGEST_FILE", 1000)
+    monkeypatch.setattr("s4s_core.errors.LARGEST_JSON", 1000)
     with one_sentence("large.json", "1,000 bytes"):
         Solver.load(tmp_path / "large.json")
 

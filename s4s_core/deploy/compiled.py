@@ -10,7 +10,6 @@ which all linear solvers can be compared. `CompiledSolver.sample` is all that an
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import UsageError, choose, read_json, write_atomically
+from ..errors import UsageError, choose, read_json, shown, write_atomically
 from ..models.diffusers_pipeline import PREDICTION_TYPES
 from ..schedule import NoiseSchedule
 from ..solver import Solver
@@ -53,13 +52,13 @@ class CompiledSolver:
     def __post_init__(self):
         choose("prediction_type", self.prediction_type, PREDICTION_TYPES)
         if not isinstance(self.provenance, dict):
-            raise UsageError(f"provenance must be an object, not {self.provenance!r:.80}")
+            raise UsageError(f"provenance must be an object, not {shown(self.provenance)}")
         _check_numbers("init_noise_sigma", [self.init_noise_sigma], 1)
         if self.init_noise_sigma <= 0:
             raise UsageError(f"init_noise_sigma must be above 0, not {self.init_noise_sigma}")
         for name in ("timesteps", "scale", "table"):
             if not isinstance(getattr(self, name), (list, tuple)):
-                raise UsageError(f"{name} must be a list, not {getattr(self, name)!r:.80}")
+                raise UsageError(f"{name} must be a list, not {shown(getattr(self, name))}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.timesteps:
             raise UsageError("timesteps must have at least one entry, not none")
@@ -103,9 +102,10 @@ class CompiledSolver:
         """Return what `to_dict` wrote; UsageError for anything that is no compiled solver."""
         if not isinstance(entries, dict) or entries.get("format") != FORMAT:
             raise UsageError(f"not a compiled solver: a JSON object of format {FORMAT!r} is one")
-        if entries.get("version") != VERSION:
+        version = entries.get("version")
+        if type(version) is not int or version != VERSION:
             raise UsageError(
-                f"compiled solver of version {entries.get('version')!r:.80}, but this package "
+                f"compiled solver of version {shown(version)}, but this package "
                 f"reads version {VERSION}: compile it again with the package that is installed here"
             )
         values = {name: v for name, v in entries.items() if name not in ("format", "version")}
@@ -139,12 +139,12 @@ def _like(x: Any, answer: Any) -> Any:
 
 def _check_numbers(name: str, values: Any, count: int) -> None:
     if not isinstance(values, (list, tuple)) or len(values) != count:
-        found = len(values) if isinstance(values, (list, tuple)) else repr(values)[:80]
+        found = len(values) if isinstance(values, (list, tuple)) else shown(values)
         raise UsageError(f"{name} must have length {count} here, not {found}")
     for value in values:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise UsageError(f"{name} must be finite numbers, not {value!r:.80}")
+        if not (number and abs(value) < 1e100):  # larger whole numbers are no floats
+            raise UsageError(f"{name} must be finite numbers of moderate size, not {shown(value)}")
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, optional_import, read_json, write_atomically
+from ..errors import UsageError, optional_import, read_json, shown, write_atomically
 from ..schedule import NoiseSchedule
 from ..solver import FORMAT as SOLVER_FORMAT
 from ..solver import Solver
@@ -43,7 +43,7 @@ class SolverFamily:
             if solver.nfe == nfe:
                 return solver
         raise UsageError(
-            f"there is no solver for {nfe!r} network calls here, only for "
+            f"there is no solver for {shown(nfe)} network calls here, only for "
             f"{', '.join(map(str, self.nfes))}: choose one of these or learn one more"
         )
 
@@ -75,9 +75,10 @@ class SolverFamily:
                 f"no solver and no family: a JSON object of format {SOLVER_FORMAT!r} or {FORMAT!r} "
                 "is one"
             )
-        if entries.get("version") != VERSION:
+        version = entries.get("version")
+        if type(version) is not int or version != VERSION:
             raise UsageError(
-                f"family of version {entries.get('version')!r:.80}, but this package reads version "
+                f"family of version {shown(version)}, but this package reads version "
                 f"{VERSION}: save it again with the package that is installed here"
             )
         if set(entries) != {"format", "version", "solvers"} or not isinstance(

@@ -8,7 +8,6 @@ import ast
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ..errors import TEMPORARY, UsageError, write_atomically, writing
+from ..errors import TEMPORARY, UsageError, folder_from, write_atomically, writing
 from ..params import PACKAGE
 from ..setup import Setup
 
@@ -32,11 +31,7 @@ def results_folder() -> Path:
     """Return where results are kept: $S4S_RESULTS, or `results/` in the checkout or folder."""
     root = PACKAGE.parent
     default = root if (root / "params").is_dir() else Path.cwd()
-    folder = Path(os.environ.get("S4S_RESULTS") or default / "results")
-    try:
-        return folder.expanduser()
-    except RuntimeError:
-        raise UsageError(f"S4S_RESULTS is {folder}, and there is no such user") from None
+    return folder_from("S4S_RESULTS") or default / "results"
 
 
 # What a result is computed by; pictures, tables, downloads and notebooks do not change a number.
@@ -112,6 +107,8 @@ def read_cached(path: Path) -> bytes | None:
     Raises UsageError for what stands in its place and is no file that can be read.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device would never end
+            raise OSError(0, "it is no file")
         return path.read_bytes()
     except FileNotFoundError:
         return None

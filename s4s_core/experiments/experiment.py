@@ -14,7 +14,7 @@ from ..gauss_newton import learn_gauss_newton
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, learn_alternating, learn_coefficients, learn_jointly, learn_times
 from ..models.zoo import params_for, reference, weights
-from ..params import Params, datasets
+from ..params import Params, check_names, datasets
 from ..published import SOLVERS, count_steps
 from ..schedule import NAMED_SCHEDULES, VPDiscrete
 from ..setup import Setup
@@ -86,12 +86,12 @@ class Experiment:
         choose("grid", self.grid, GRID_NAMES)
         choose("solver", self.solver, [*SOLVERS, DPM_SOLVER_V3])
         choose("value of learn", self.learn, LEARN)
-        for name, lowest in (("order", 1), ("nfe", 1), ("seed", 0)):
-            require_whole(name, getattr(self, name), lowest)
-        if self.seed >= SEED_LIMIT:
-            raise UsageError(f"seed must be below {SEED_LIMIT}, not {self.seed}")
+        for name in ("order", "nfe"):
+            require_whole(name, getattr(self, name), 1)
+        require_whole("seed", self.seed, 0, SEED_LIMIT - 1)
         if not isinstance(self.settings, dict):
             raise UsageError(f"settings must be a mapping, not {shown(self.settings)}")
+        check_names(self.settings)
         object.__setattr__(self, "settings", dict(self.settings))
         if self.order > self.nfe:
             raise UsageError(

@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import __version__
 from ..baselines.dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from ..denoiser import CallCounter
-from ..errors import TEMPORARY, UsageError, progress
+from ..errors import TEMPORARY, UsageError, progress, require_whole, shown
 from ..evaluate import FeatureSums, feature_sums, frechet_distance, merge, thumbnails
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, LearningDivergedError
@@ -112,6 +112,7 @@ def run(experiment: Experiment) -> Result:
 
     Interrupting leaves the best solver so far beside where the result would be, and no result.
     """
+    _check(experiment)
     path, config = experiment.path(), experiment.config()
     if (result := Result.read(path, config)) is not None:
         return result
@@ -129,6 +130,12 @@ def run(experiment: Experiment) -> Result:
         tensors_path(setup, "shard", _shard_config(experiment, shard)).unlink(missing_ok=True)
     _learned_path(experiment).unlink(missing_ok=True)
     return result
+
+
+def _check(experiment: Experiment) -> None:
+    """Raise UsageError for what is no experiment."""
+    if not isinstance(experiment, Experiment):
+        raise UsageError(f"an Experiment is run, not {shown(experiment)}")
 
 
 Learned = tuple[Solver, dict[str, Any], list[dict[str, Any]]]  # what it cost, and the history
@@ -271,15 +278,11 @@ def learn_on(setup: Setup, experiment: Experiment) -> Solver:
     """
     config = experiment.config() | {"model": setup.model}
     path = cache_path(setup.name, "solver", config, "json")
-
-    def made_for(path: Path) -> Solver | None:
-        solver = Solver.load(path) if path.exists() else None
-        return solver if solver and solver.provenance.get("experiment") == config else None
-
-    if (solver := made_for(path)) is None:
+    solver = read_sealed(path, config, lambda entries: Solver.from_dict(entries["solver"]))
+    if solver is None:
         solver, _, _ = _learned(experiment, setup, path)
         solver = replace(solver, provenance=solver.provenance | {"experiment": config})
-        solver.save(path)
+        write_sealed(path, {"config": config, "solver": solver.to_dict()})
     return solver
 
 
@@ -336,10 +339,17 @@ def run_all(
     """
     from pandas import DataFrame
 
+    if workers is not None:
+        require_whole("workers", workers, 1)
     if workers and executor:
         raise UsageError("workers are processes of this machine: give run_all an executor or these")
     named = experiments.items() if isinstance(experiments, Mapping) else [("", experiments)]
+    for name, group in named:
+        if not isinstance(group, Sequence):
+            raise UsageError(f"run_all takes lists of experiments, not {name} {shown(group)}")
     todo = [(name, experiment) for name, group in named for experiment in group]
+    for _, experiment in todo:
+        _check(experiment)
     missing = {path: e for _, e in todo if not (path := e.path()).exists()}
     results: dict[Path, Result] = {}
     if missing:

@@ -22,7 +22,7 @@ from urllib.request import (
     getproxies,
 )
 
-from ..errors import UsageError, progress, write_atomically
+from ..errors import UsageError, folder_from, progress, require_file, write_atomically
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 30  # seconds without a byte
@@ -32,8 +32,8 @@ OVERLAP = 1 << 16  # bytes that are asked for again, and compared, where a downl
 
 def home() -> Path:
     """Return the folder of downloaded files: $S4S_HOME, or s4s in the user's cache folder."""
-    if folder := os.environ.get("S4S_HOME"):
-        return Path(folder).expanduser().absolute()
+    if folder := folder_from("S4S_HOME"):
+        return folder
     if sys.platform == "win32":
         caches = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":
@@ -62,7 +62,7 @@ def fetch(url: str, sha256: str = "", name: str | None = None) -> Path:
             "http:// and ends in a file name"
         )
     path = home() / name
-    if not path.is_file():
+    if not os.path.isfile(path):
         try:
             _download(url, sha256, path)
         except (OSError, HTTPException, ValueError) as error:
@@ -87,6 +87,7 @@ def file_sha256(path: str | Path) -> str:
     The hash is cached in a file beside it, and made again if the file's size or modification time
     has changed.
     """
+    require_file(path)
     path = Path(path)
     stat, note = path.stat(), _beside(path, "sha256")
     state = f"{stat.st_size} {stat.st_mtime_ns} "

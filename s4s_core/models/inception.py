@@ -5,6 +5,7 @@ distance (<network>)".
 """
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from operator import itemgetter
@@ -17,11 +18,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import UsageError, optional_import, progress, write_atomically
+from ..errors import (
+    UsageError,
+    optional_import,
+    progress,
+    reason,
+    require_file,
+    write_atomically,
+)
 from ..evaluate import FeatureStatistics, FeatureSums, feature_sums
 from .download import fetch, home
 from .networks.data import read_arrays
-from .networks.io import reason, require_file
 from .networks.pickles import read_torch
 
 INCEPTION_URL = (
@@ -32,6 +39,7 @@ INCEPTION_URL = (
 # The hash of torch-fidelity's file, whose name contains the first eight of these digits.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
+LARGEST_IMAGE = 2**22  # pixels
 IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
 FORMATS = ["PNG", "JPEG", "WEBP"]  # as Pillow calls them, which for others starts programs
 
@@ -56,7 +64,7 @@ def inception_weights() -> Path | None:
     """
     name = INCEPTION_URL.rpartition("/")[2]
     copies = home() / name, Path(torch.hub.get_dir(), "checkpoints", name)
-    return next((copy for copy in copies if copy.is_file()), None)
+    return next((copy for copy in copies if os.path.isfile(copy)), None)
 
 
 def inception_features(
@@ -133,7 +141,7 @@ def read_reference(
     names the file at fault.
     """
     path = Path(path)
-    return _read_images(path, features) if path.is_dir() else _read_statistics(path)
+    return _read_images(path, features) if os.path.isdir(path) else _read_statistics(path)
 
 
 def _read_statistics(path: Path) -> FeatureStatistics:
@@ -202,6 +210,8 @@ def _read_image(path: Path) -> Tensor:
     require_file(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > LARGEST_IMAGE:  # 64 of them are read at a time
+                raise ValueError(f"it has more than {LARGEST_IMAGE} pixels")
             if image.mode[0] in "IF":  # would be cut, not scaled, to 8 bits
                 raise ValueError(f"its pixels have more than 8 bits: mode {image.mode}")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

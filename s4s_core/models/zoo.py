@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -300,7 +301,7 @@ def _edm_files(name: str, params: Params) -> list[Path]:
     """The model's file: its .safetensors conversion if there is one, or else the published one."""
     published = home() / params.url.rpartition("/")[2]
     converted = published.with_suffix(".safetensors")
-    return [converted if converted.is_file() else fetch(params.url, params.sha256)]
+    return [converted if os.path.isfile(converted) else fetch(params.url, params.sha256)]
 
 
 def _edm(name: str, paths: list[Path], params: Params, device: str) -> Setup:

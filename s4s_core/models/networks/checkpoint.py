@@ -20,7 +20,7 @@ Net = TypeVar("Net", bound=nn.Module)
 def open_checkpoint(path: str | Path) -> Iterator[dict[str, Tensor]]:
     """Yield the weights, by name, of a checkpoint or of the one .ckpt in a zip archive.
 
-    The tensors are mapped from the file, so only those that are used are read. Copy them before
+    The tensors are mapped from the file, so only those that are used take memory. Copy them before
     the `with` block ends. Raises UsageError for a file that is missing, damaged or no checkpoint,
     and for one that names anything but weights.
     """

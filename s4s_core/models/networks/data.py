@@ -13,8 +13,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from ...errors import UsageError, choose
-from .io import reason, require_file
+from ...errors import UsageError, choose, reason, require_file
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 # TensorFlow Datasets and Red Datasets check this one; CIFAR-10's authors publish an MD5 only.

@@ -5,10 +5,9 @@ A file holds numbers and strings only; loading one never executes anything from 
 
 import itertools
 import json
-import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ...errors import UsageError, write_atomically
+from ...errors import UsageError, reason, require_file, write_atomically
 from .classifier import Classifier
 from .song_unet import EDMPrecond
 from .unet import SmallDenoiser
@@ -104,36 +103,12 @@ def _opened(path: str | Path) -> Iterator[Any]:
         ) from None
 
 
-def require_file(path: str | Path) -> None:
-    """Raise UsageError unless `path` is a file: a pipe or a device would never end."""
-    if not os.path.isfile(path):
-        raise UsageError(f"there is no file {path}; check the path, or fetch or train it")
-
-
-def reason(path: str | Path, error: Exception) -> str:
-    """Return why a file cannot be read: what it really is, or else the error's first sentence."""
-    with suppress(OSError, UsageError):
-        require_file(path)
-        with open(path, "rb") as file:
-            start = file.read(200).strip().lower()
-        if not start:
-            return "it is empty"
-        if start.startswith(b"version https://git-lfs"):
-            return "it is a Git LFS pointer, in whose place git lfs pull puts the file"
-        if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-            return "it is a web page"
-    words = str(error).split() or [type(error).__name__]
-    return " ".join(words).split(". ")[0][:200]  # a second sentence may give unsafe advice
-
-
 def build(path: str | Path, name: str, config: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
     """Return the network of class `name`, arguments `config` (JSON) and weights `tensors`.
 
     It is as `load_network` returns it. Raises UsageError, which names the file `path` that they
     come from, if they do not fit together or a weight is not finite.
     """
-    if any(value.is_complex() for value in tensors.values()):
-        raise UsageError(f"{path} has complex weights, and a {name} has none; use another file")
     made, thread = itertools.count(1), threading.get_ident()
 
     def count(*_: object) -> None:
@@ -141,11 +116,14 @@ def build(path: str | Path, name: str, config: str, tensors: dict[str, torch.Ten
             raise ValueError("it has fewer weights")
 
     try:
-        tensors = {key: value.float() for key, value in tensors.items()}
         arguments = json.loads(config)
         # What the tensors do not have must cost no memory, and a billion layers no time.
         with torch.device("meta"), register_module_parameter_registration_hook(count):
             net = CLASSES[name](**arguments)
+        for key, weight in net.state_dict().items():
+            if key in tensors and tensors[key].is_floating_point() != weight.is_floating_point():
+                raise ValueError(f"{key} is of {tensors[key].dtype}")
+        tensors = {key: value.float() for key, value in tensors.items()}
         net.load_state_dict(tensors, assign=True)
         net = CLASSES[name](**arguments)
         net.load_state_dict(tensors)

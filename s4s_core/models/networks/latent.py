@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UsageError, optional_import
+from ...errors import UsageError, optional_import, reason, require_file
 from .checkpoint import averaged, fill, fill_decoder, fill_unet, open_checkpoint, under
-from .io import require_file
 
 
 @dataclass(frozen=True)
@@ -188,9 +187,17 @@ def read_captions(path: str | Path) -> list[str]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines: list[str] = [*file]  # not at the separators of Unicode, as splitlines does
         if Path(path).suffix == ".csv":
-            lines = [row["text"] or "" for row in csv.DictReader(lines, strict=True)]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
-        raise UsageError(f"{path} is no readable file of captions ({error})") from None
+            names, *rows = csv.reader(lines, strict=True)
+            if names.count("text") != 1 or any(len(row) > len(names) for row in rows):
+                raise ValueError("one column is called text, and what has commas is in quotes")
+            # A caption that is missing is left out, as an empty line is.
+            lines = [dict(zip(names, row, strict=False)).get("text", "") for row in rows]
+        if "\0" in "".join(lines) or "".join(lines[:1]).lstrip().startswith("<"):
+            raise ValueError("it is no text, or a web page")
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(
+            f"{path} is no readable file of captions ({reason(path, error)})"
+        ) from None
     lines = [s for line in lines if (s := " ".join(line.split()))]
     if not lines:
         raise UsageError(f"{path} has no captions: give a text file with one in each line")

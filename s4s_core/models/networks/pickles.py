@@ -18,6 +18,7 @@ import mmap
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,8 +29,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
-from .io import reason, require_file
+from ...errors import UsageError, reason, require_file
 
 Kind = TypeVar("Kind")
 Stream = io.BufferedReader | io.BytesIO
@@ -47,8 +47,8 @@ def read_torch(path: Path) -> Any:
     """Return what `torch.save` wrote to `path`: containers, numbers, strings and CPU tensors.
 
     Bookkeeping beside the weights is IGNORED. Tensors are mapped from the file, so only those that
-    are used are read; those of torch's format before 1.6 are read at once. All else takes at most
-    250 times the pickle's bytes. Raises whatever a damaged file leads to: see `told_of`.
+    are used take memory; those of torch's format before 1.6 are read at once. All else takes at
+    most 250 times the pickle's bytes. Raises whatever a damaged file leads to: see `told_of`.
     """
     with open(path, "rb") as file:
         if file.read(2) == b"PK":
@@ -330,6 +330,9 @@ def _read_zip(file: Stream) -> Any:
         start = info.header_offset + 30 + sum(lengths)
         if start + info.file_size > ends[info.header_offset]:
             raise UsageError(f"its record {shown(name)} runs into the next one")
+        view = memoryview(mapped)[start : start + info.file_size]
+        if info.CRC not in (zlib.crc32(view), 0):  # torch.save may be told to write 0 instead
+            raise UsageError(f"its record {shown(name)} has other numbers than were written")
         return start, info.file_size
 
     def content(name: str) -> bytes:
