@@ -21,7 +21,7 @@ class UsageError(ValueError):
     def __str__(self) -> str:
         """Return the sentence in one line, whatever names, paths or addresses it tells of."""
         line = " ".join(super().__str__().splitlines())
-        return re.sub(r"(\S{90})\S{60,}(\S{90})", r"\1...\2", line)
+        return re.sub(r"(\S{60})\S{80,}(\S{60})", r"\1...\2", line)
 
     def _render_traceback_(self) -> list[str]:
         """Return what IPython prints instead of a traceback: the sentence alone."""

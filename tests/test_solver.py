@@ -1022,6 +1022,7 @@ def test_a_good_file_loads(saved):
         ("schedule", VPLinear().to_dict(), ["VPLinear", "T = 1.0"]),
         ("t", [80.0, 10.0, True, 0.5, 0.002], ["t must be", "numbers"]),
         ("b", [[True, 0.0]] * 4, ["b must be", "numbers"]),
+        ("b", [[[], 0.0]] * 4, ["b must be", "numbers"]),
         ("t", [80.0, 10.0, 20.0, 1.0, 0.002], ["fall strictly"]),
         ("t", [80.0, 10.0, math.nan, 1.0, 0.002], ["finite"]),
         ("t", [80.0, 10.0, 1.0, 0.002], ["t_model", "shapes"]),

@@ -68,7 +68,7 @@ def fetch(url: str, sha256: str = "", name: str | None = None) -> Path:
         except (OSError, HTTPException, ValueError) as error:
             if isinstance(error, HTTPError):
                 error.close()
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
             raise UsageError(
                 f"{url} could not be downloaded ({reason}): try again, or put the file there by "
                 f"hand, as {path} (sha256: {sha256 or 'not published'})"

@@ -63,8 +63,8 @@ def cifar10_data(path: str | Path, test: bool = False) -> tuple[Tensor, Tensor]:
             files = _unpack(path, names)
     except (OSError, EOFError, KeyError, tarfile.TarError) as error:
         raise UsageError(
-            f"CIFAR-10 could not be read from {path} ({error}): fetch {CIFAR10}, and give the path "
-            "of the archive, or of the folder with the .bin files in it"
+            f"CIFAR-10 could not be read from {path} ({reason(path, error)}): fetch {CIFAR10}, "
+            "and give the path of the archive, or of the folder with the .bin files in it"
         ) from None
     for name, content in zip(names, files, strict=True):
         if not content or len(content) % RECORD or max(content[::RECORD]) > 9:
