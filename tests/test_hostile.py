@@ -17,7 +17,7 @@ import s4s_core as s4s
 from s4s_core import UsageError
 from s4s_core.errors import folder_from, write_atomically
 from s4s_core.models.networks.checkpoint import open_checkpoint
-from s4s_core.models.networks.latent import _captions
+from s4s_core.models.networks.latent import read_captions
 
 EDM = s4s.EDM()
 GRIDS = {n: s4s.time_edm(EDM, n) for n in (3, 5)}
@@ -143,7 +143,7 @@ def test_what_is_no_file_is_refused_by_all_that_read(tmp_path, monkeypatch, name
     os.symlink("/dev/zero", "zero")
     os.mkdir("folder")
     readers = [s4s.Solver.load, s4s.CompiledSolver.load, s4s.SolverFamily.load, s4s.read_params]
-    readers += [s4s.networks.load_network, s4s.networks.load_edm, s4s.file_sha256, _captions]
+    readers += [s4s.networks.load_network, s4s.networks.load_edm, s4s.file_sha256, read_captions]
     for read in readers + ([] if name == "folder" else [s4s.read_reference]):
         assert refused(lambda: read(name))  # noqa: B023
 

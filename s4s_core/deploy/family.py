@@ -1,6 +1,7 @@
 """Solvers for several numbers of network calls: one file, or a folder as the Hub has it."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ class SolverFamily:
 
         Raises UsageError, naming the file, for others.
         """
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):  # False, too, for what can be no path
             return read_json(path, "solver file", cls.from_dict)
         files = sorted(Path(path).glob(IN_FOLDER))
         if not files:
@@ -117,7 +118,7 @@ class SolverFamily:
         Only solver files are downloaded, and nothing in them is executed. Raises UsageError for a
         repository that cannot be read or holds none.
         """
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             return cls.load(name)
         with optional_import("huggingface_hub", "a solver of the Hub"):
             from huggingface_hub import snapshot_download

@@ -316,6 +316,10 @@ def learning_costs(experiment: Experiment) -> dict[str, float]:
 class RunsFailedError(UsageError):
     """Some runs failed; the others are kept. Its cause is an ExceptionGroup of their errors."""
 
+    def __str__(self) -> str:
+        """Return a line for each run that failed, below the first."""
+        return ValueError.__str__(self)
+
 
 def run_all(
     experiments: Sequence[Experiment] | Mapping[str, Sequence[Experiment]],
