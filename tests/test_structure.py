@@ -280,7 +280,8 @@ def test_notebook_holds_no_logic(notebook):
                 continue
             for name in names:
                 package = name.split(".")[0]
-                allowed = package in {"s4s_core", "torch", "sklearn"} or name == "matplotlib.pyplot"
+                allowed = package in {"s4s_core", "torch", "sklearn", "diffusers"}
+                allowed = allowed or name == "matplotlib.pyplot"
                 assert allowed, f"a notebook imports {name}"
 
 
