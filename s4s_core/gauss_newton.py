@@ -26,7 +26,7 @@ from .objective import Embedding, feature_embedding, lpips_embedding, pixel_embe
 from .params import Params
 from .published import Scheme, Table
 from .setup import Setup
-from .solver import Coefficients, LoopTable, Solver, loop_table, run_loop
+from .solver import Coefficients, LoopTable, Solver, check_estimate, loop_table, run_loop
 from .teacher import TeacherSet
 
 BLOCKS = ("phi", "xi", "first")
@@ -382,6 +382,7 @@ class _Problem:
             h = step * (x.square().mean() / noise.square().mean()).sqrt()
             with torch.no_grad():
                 D = network(x, t)
+                check_estimate(D, x)
                 one, two = ((network(x + k * h * noise, t) - D) / k for k in (1, 2))
             if (one - two).norm() <= 0.2 * two.norm() or not D.isfinite().all():
                 if step > usual:

@@ -222,6 +222,8 @@ def check_fit(solver: Solver, setup: Setup, teacher: TeacherSet, seed: int) -> N
             f"the teacher set has samples of shape {tuple(teacher.x_T.shape[1:])}, the model of "
             f"{tuple(setup.shape)}: make it with make_teacher_set(setup)"
         )
+    if teacher.n_train == len(teacher.x_T):
+        raise UsageError("the teacher set has no pair to validate with: n_train must be smaller")
     check_noise(teacher.x_T, setup.schedule)
     if not teacher.x_0.isfinite().all():
         raise UsageError("the teacher set has samples that are NaN or infinite: make it again")
@@ -236,10 +238,9 @@ def _check_gradient(solver: Solver, setup: Setup, teacher: TeacherSet) -> None:
     """Raise UsageError unless the model answers twice alike, and autograd reaches x through it."""
     if torch.is_inference_mode_enabled() or teacher.x_T.is_inference():
         raise UsageError("learning needs gradients: leave torch.inference_mode, here and for pairs")
-    n = max(2, 64 // math.prod(setup.shape))  # dropout may leave a few numbers as they are
-    seeds = None if teacher.seeds is None else teacher.seeds[:n].tolist()
+    seeds = None if teacher.seeds is None else teacher.seeds[:2].tolist()
     denoiser, t = setup.denoiser_for(seeds), solver.grid.t_model[solver.grid.nfe // 2]
-    x = setup.schedule.alpha(t) * teacher.x_0[:n] + setup.schedule.sigma(t) * teacher.x_T[:n] / (
+    x = setup.schedule.alpha(t) * teacher.x_0[:2] + setup.schedule.sigma(t) * teacher.x_T[:2] / (
         setup.schedule.sigma(setup.schedule.T)
     )
     check_contract(denoiser, x.to(setup.device), t, gradient=True)

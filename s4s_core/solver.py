@@ -354,7 +354,7 @@ def run_loop(
             x, y = sent, sent / alpha[i]
         seen = scale[i] * x
         evaluation = denoiser(seen, t_model[i])
-        _check_estimate(evaluation, x)
+        check_estimate(evaluation, x)
         if noise_form:
             evaluation = x_to_eps[i] * seen + D_to_eps[i] * evaluation
         evaluations = [evaluation, *evaluations]
@@ -367,7 +367,8 @@ def run_loop(
         sent = yield x
 
 
-def _check_estimate(D: Any, x: Tensor) -> None:
+def check_estimate(D: Any, x: Tensor) -> None:
+    """Raise UsageError unless D can be an estimate of x_0 for the input x."""
     shape = getattr(D, "shape", None)
     if not isinstance(D, Tensor) or shape != x.shape:
         found = type(D).__name__ if shape is None else f"shape {tuple(shape)}"

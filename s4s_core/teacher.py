@@ -61,7 +61,7 @@ class TeacherSet:
     `seeds` (n,) are those of the noises, and so of the conditions, if the model has any.
     The relaxed starts x'_T of Eq. 7 belong to a learning run, which begins them at x_T, so a set
     can be used again. Raises UsageError for tensors that do not fit each other, or are no floats,
-    and for a set with no pair to teach or none to validate.
+    and for a set with no pair to teach.
     """
 
     x_T: Tensor
@@ -74,12 +74,12 @@ class TeacherSet:
             value = getattr(self, name)
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 raise UsageError(f"{name} must be a tensor of floats, not {shown(value)}")
-        if self.x_T.shape != self.x_0.shape or len(self.x_T) < 2:
+        if self.x_T.shape != self.x_0.shape:
             raise UsageError(
-                "x_T and x_0 must be two pairs or more of one shape, not of shapes "
+                "x_T and x_0 must be pairs of one shape, not of shapes "
                 f"{tuple(self.x_T.shape)} and {tuple(self.x_0.shape)}"
             )
-        require_whole("n_train", self.n_train, 1, len(self.x_T) - 1)
+        require_whole("n_train", self.n_train, 1, len(self.x_T))
         if self.seeds is not None and self.seeds.shape != self.x_T.shape[:1]:
             raise UsageError(
                 f"seeds must be one a pair, {len(self.x_T)}, not of shape {tuple(self.seeds.shape)}"

@@ -193,6 +193,9 @@ def test_noise_that_is_none_is_refused(x_T):
 def test_answers_that_are_no_floats_are_refused(answer, mixture):
     assert refused(lambda: SOLVERS[3].sample(lambda x, t: answer(x), 80 * NUMBERS))
     setup = mixture().variant(denoiser=lambda x, t: answer(x))
+    grid = s4s.time_logsnr(setup.schedule, 3)
+    solver, teacher = s4s.Solver(s4s.ipndm(grid, 2), grid), s4s.make_teacher_set(mixture())
+    assert refused(lambda: [*s4s.learn_gauss_newton(solver, setup, teacher)])
     assert refused(lambda: s4s.check_denoiser(setup.denoiser, setup.schedule, (2,)))
     assert refused(lambda: SOLVERS[3].sample("x", NUMBERS))
 
@@ -204,7 +207,7 @@ def test_answers_that_are_no_floats_are_refused(answer, mixture):
         (NUMBERS, NUMBERS[:5], 3),
         (NUMBERS, NUMBERS[:, :1], 3),
         (NUMBERS.numpy(), NUMBERS, 3),
-        (NUMBERS, NUMBERS, 64),
+        (NUMBERS, NUMBERS, 65),
         (NUMBERS, NUMBERS, 0),
         (NUMBERS, NUMBERS, -1),
         (NUMBERS, NUMBERS, 3.0),
@@ -221,7 +224,12 @@ def test_learning_from_what_is_no_pair_of_the_model_is_refused(mixture):
     solver, teacher = s4s.Solver(s4s.ipndm(grid, 2), grid), s4s.make_teacher_set(setup)
     scaled = s4s.TeacherSet(100 * teacher.x_T, teacher.x_0, teacher.n_train)
     for learn in (s4s.learn_coefficients, s4s.learn_times, s4s.learn_gauss_newton):
-        for given in ((solver, setup, scaled), (grid, setup, teacher), (solver, setup, None)):
+        for given in (
+            (solver, setup, scaled),
+            (grid, setup, teacher),
+            (solver, setup, None),
+            (solver, setup, s4s.TeacherSet(*teacher.train, teacher.n_train)),
+        ):
             assert refused(lambda: [*learn(*given)])  # noqa: B023
         for seed in (-1, 0.5, None, 2**63, True):
             assert refused(lambda: [*learn(solver, setup, teacher, seed=seed)])  # noqa: B023

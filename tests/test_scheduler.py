@@ -476,7 +476,7 @@ def test_what_is_no_scheduler_or_pipeline_is_told_in_one_sentence(text, one_sent
         (lambda: s4s.make_scheduler(solver_on(s4s.EDM())), ["EDM", "from_diffusers"]),
         (lambda: s4s.make_scheduler(solver_on(VPDiscrete()), "eps"), ["'eps'", "epsilon"]),
         (lambda: s4s.make_scheduler(solver_on(VPDiscrete()), "flow_prediction"), ["go with"]),
-        (lambda: s4s.make_scheduler(tmp_path / "none.json"), ["none.json", "solver file"]),
+        (lambda: s4s.make_scheduler(tmp_path / "none.json"), ["none.json", "no file"]),
         (lambda: s4s.install("a/model", solver_on(VPDiscrete())), ["DiffusionPipeline", "str"]),
         (lambda: s4s.save_pipeline(stable_diffusion(text), tmp_path), ["install one first"]),
     ]:
