@@ -51,6 +51,13 @@ def require_whole(name: str, value: object, at_least: int, at_most: int = 10**6)
         )
 
 
+def require(name: str, value: object, *kinds: type) -> None:
+    """Raise UsageError unless `value` is of one of these classes."""
+    if not isinstance(value, kinds):
+        allowed = " or ".join(kind.__name__ for kind in kinds)
+        raise UsageError(f"{name} must be a {allowed}, not {shown(value)}")
+
+
 def choose(kind: str, name: object, allowed: Collection[str]) -> Any:
     """Return `allowed[name]`, or `name` itself if `allowed` is not a mapping.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
-from .errors import UsageError
+from .errors import UsageError, require
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def frechet_distance(
     Raises UsageError where a side has fewer than 2 samples, or features do not fit or are not
     finite.
     """
+    for name, side in (("a", a), ("b", b)):
+        require(name, side, FeatureSums, FeatureStatistics)
     (m_a, S_a), (m_b, S_b) = ((side.mean, side.covariance) for side in (a, b))
     if not len(m_a) == len(m_b) > 0:
         raise UsageError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UsageError, choose, require_whole, shown
+from .errors import UsageError, choose, require, require_whole, shown
 from .schedule import NoiseSchedule, VPDiscrete
 
 
@@ -62,6 +62,7 @@ class TimeGrid:
     scale: Tensor = None  # type: ignore[assignment]  # ones by default
 
     def __post_init__(self):
+        require("schedule", self.schedule, NoiseSchedule)
         object.__setattr__(self, "t", as_numbers("t", self.t))
         t_model = self.t if self.t_model is None else as_numbers("t_model", self.t_model)
         object.__setattr__(self, "t_model", t_model)

@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .errors import LARGEST_JSON, UsageError, choose, read_json, shown, write_atomically
+from .errors import (
+    LARGEST_JSON,
+    UsageError,
+    choose,
+    read_json,
+    require,
+    shown,
+    write_atomically,
+)
 from .grid import TimeGrid, as_numbers
 from .schedule import NoiseSchedule, schedule_from_dict
 
@@ -406,6 +414,8 @@ class Solver:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        require("coefficients", self.coefficients, Coefficients, SingleStepCoefficients)
+        require("grid", self.grid, TimeGrid)
         rows, steps = len(self.coefficients.b), self.grid.nfe
         if rows != steps:
             raise UsageError(f"the table has {rows} rows but the grid has {steps} steps")

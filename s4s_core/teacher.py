@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UsageError, halve_batch, progress, require_whole, shown
+from .errors import UsageError, halve_batch, progress, require, require_whole, shown
 from .schedule import check_begins_in_noise
 from .setup import Setup
 from .solver import Solver
@@ -22,6 +22,7 @@ def initial_noise(setup: Setup, seeds: Iterable[int]) -> Tensor:
     any batch and on any device (Karras et al. 2022). Raises UsageError without seeds, and for a
     schedule at whose end signal is left.
     """
+    require("setup", setup, Setup)
     check_begins_in_noise(setup.schedule)
     draws = [
         torch.randn(setup.shape, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
@@ -40,6 +41,8 @@ def sample_batches(
     A batch that does not fit into memory is halved, and so are those after it: but for rounding a
     sample does not depend on its batch.
     """
+    require("solver", solver, Solver)
+    require("setup", setup, Setup)
     seeds, size = list(seeds), setup.params.sample_batch_size
     with progress(total=len(seeds), desc=label) as bar:
         while seeds:

@@ -239,3 +239,29 @@ def test_what_is_no_experiment_is_not_run():
     for given in (None, 3, [3], {"a": 3}, {"a": [3]}):
         assert refused(lambda: s4s.run_all(given))  # noqa: B023
     assert refused(lambda: s4s.run(None)) and refused(lambda: s4s.run_all([], workers=0))
+
+
+GRID = s4s.time_logsnr(s4s.EDM(), 3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda wrong: s4s.Solver(wrong, GRID),
+        lambda wrong: s4s.Solver(s4s.ddim(GRID), wrong),
+        lambda wrong: s4s.TimeGrid(wrong, GRID.t),
+        lambda wrong: s4s.SolverFamily([wrong]),
+        lambda wrong: s4s.compile_solver(wrong),
+        lambda wrong: s4s.initial_noise(wrong, [0]),
+        lambda wrong: list(s4s.sample_batches(wrong, s4s.load("mixture"), [0])),
+        lambda wrong: s4s.run(wrong),
+        lambda wrong: s4s.run_all([wrong]),
+        lambda wrong: s4s.frechet_distance(wrong, wrong),
+        lambda wrong: s4s.GaussianMixture([0.5, 0.5], [[0.0], [wrong]], [1.0, 1.0], s4s.EDM()),
+        lambda wrong: s4s.GaussianMixture([wrong], [[0.0]], [1.0], s4s.EDM()),
+        lambda wrong: s4s.GaussianMixture([1.0], [[0.0]], [wrong], s4s.EDM()),
+    ],
+)
+@pytest.mark.parametrize("wrong", [float("nan"), float("-inf")])
+def test_another_object_is_told_in_one_sentence(call, wrong):
+    assert refused(lambda: call(wrong))

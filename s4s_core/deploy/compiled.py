@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import UsageError, choose, read_json, shown, write_atomically
+from ..errors import UsageError, choose, read_json, require, shown, write_atomically
 from ..models.diffusers_pipeline import PREDICTION_TYPES
 from ..schedule import NoiseSchedule
 from ..solver import Solver
@@ -156,6 +156,7 @@ def compile_solver(solver: Solver, prediction: str = "epsilon") -> CompiledSolve
     Equal to `Solver.sample` but for rounding. Raises UsageError for a solver with a number for each
     pixel, or with constants, as DPM-Solver-v3 has them.
     """
+    require("solver", solver, Solver)
     check_linear(solver)
     x_T, *answers = torch.eye(solver.nfe + 1, dtype=torch.float64)
     schedule = solver.grid.schedule

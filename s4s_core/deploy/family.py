@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, optional_import, read_json, shown, write_atomically
+from ..errors import UsageError, optional_import, read_json, require, shown, write_atomically
 from ..schedule import NoiseSchedule
 from ..solver import FORMAT as SOLVER_FORMAT
 from ..solver import Solver
@@ -26,6 +26,9 @@ class SolverFamily:
     solvers: tuple[Solver, ...]
 
     def __init__(self, solvers: Iterable[Solver]):
+        solvers = list(solvers)
+        for solver in solvers:
+            require("solver", solver, Solver)
         by_nfe = tuple(sorted(solvers, key=lambda solver: solver.nfe))
         object.__setattr__(self, "solvers", by_nfe)
         if not by_nfe:

@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import __version__
 from ..baselines.dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from ..denoiser import CallCounter
-from ..errors import TEMPORARY, UsageError, progress, require_whole, shown
+from ..errors import TEMPORARY, UsageError, progress, require, require_whole, shown
 from ..evaluate import FeatureSums, feature_sums, frechet_distance, merge, thumbnails
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, LearningDivergedError
@@ -112,7 +112,7 @@ def run(experiment: Experiment) -> Result:
 
     Interrupting leaves the best solver so far beside where the result would be, and no result.
     """
-    _check(experiment)
+    require("experiment", experiment, Experiment)
     path, config = experiment.path(), experiment.config()
     if (result := Result.read(path, config)) is not None:
         return result
@@ -130,12 +130,6 @@ def run(experiment: Experiment) -> Result:
         tensors_path(setup, "shard", _shard_config(experiment, shard)).unlink(missing_ok=True)
     _learned_path(experiment).unlink(missing_ok=True)
     return result
-
-
-def _check(experiment: Experiment) -> None:
-    """Raise UsageError for what is no experiment."""
-    if not isinstance(experiment, Experiment):
-        raise UsageError(f"an Experiment is run, not {shown(experiment)}")
 
 
 Learned = tuple[Solver, dict[str, Any], list[dict[str, Any]]]  # what it cost, and the history
@@ -353,7 +347,7 @@ def run_all(
             raise UsageError(f"run_all takes lists of experiments, not {name} {shown(group)}")
     todo = [(name, experiment) for name, group in named for experiment in group]
     for _, experiment in todo:
-        _check(experiment)
+        require("experiment", experiment, Experiment)
     missing = {path: e for _, e in todo if not (path := e.path()).exists()}
     results: dict[Path, Result] = {}
     if missing:

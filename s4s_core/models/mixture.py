@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..schedule import NoiseSchedule
 
 
@@ -13,7 +14,8 @@ class GaussianMixture:
 
     weights (K,), means (K, d), stds (K,). x_t is a mixture too, with the variances
     alpha^2 stds^2 + sigma^2, so D(x, t) = E[x_0 | x_t] has a closed form. The weights are
-    normalised to sum to 1.
+    normalised to sum to 1. Raises UsageError for other shapes, and for what is not finite, or
+    negative.
     """
 
     def __init__(
@@ -26,6 +28,15 @@ class GaussianMixture:
         self.weights, self.means, self.stds = (
             torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, stds)
         )
+        K, given = len(self.weights.flatten()), (self.weights, self.means, self.stds)
+        fits = [tuple(v.shape) for v in given] == [(K,), (K, *self.means.shape[-1:]), (K,)]
+        if not fits or not all(v.isfinite().all() for v in given):
+            shapes = ", ".join(str(tuple(v.shape)) for v in given)
+            raise UsageError(
+                f"weights (K,), means (K, d) and stds (K,) must be finite numbers, not {shapes}"
+            )
+        if (self.weights < 0).any() or (self.stds < 0).any() or self.weights.sum() == 0:
+            raise UsageError("weights and stds must be at least 0, and not all weights 0")
         self.weights = self.weights / self.weights.sum()
         self.schedule = schedule
 
