@@ -109,6 +109,8 @@ def build(path: str | Path, name: str, config: str, tensors: dict[str, torch.Ten
     It is as `load_network` returns it. Raises UsageError, which names the file `path` that they
     come from, if they do not fit together or a weight is not finite.
     """
+    if any(value.is_complex() for value in tensors.values()):
+        raise UsageError(f"{path} has complex weights, and a {name} has none; use another file")
     made, thread = itertools.count(1), threading.get_ident()
 
     def count(*_: object) -> None:
