@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import check_contract, rematerialized
-from .errors import UsageError, halve_batch, progress, require_whole, shown
+from .errors import UsageError, halve_batch, progress, require, require_whole
 from .grid import LearnedGrid, TimeGrid
 from .objective import (
     Distance,
@@ -208,9 +208,8 @@ def _learn(
 
 def check_fit(solver: Solver, setup: Setup, teacher: TeacherSet, seed: int) -> None:
     """Raise UsageError unless solver, model and pairs belong together, and the seed is one."""
-    for given, kind in ((solver, Solver), (teacher, TeacherSet)):
-        if not isinstance(given, kind):
-            raise UsageError(f"a {kind.__name__} is needed to learn, not {shown(given)}")
+    require("solver", solver, Solver)
+    require("teacher", teacher, TeacherSet)
     require_whole("seed", seed, 0, 2**63 - 1)
     if solver.grid.schedule != setup.schedule:
         raise UsageError(
