@@ -1,10 +1,11 @@
 """Write the mixture, noises and compiled solvers into index.html, which shows them in a browser.
 
 python explorable/build.py
+
+A solver whose file in solvers/ was deleted is learned again first, which takes a minute at most.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import s4s_core as s4s
 
 HERE = Path(__file__).parent
 PAGE, SOLVERS = HERE / "index.html", HERE / "solvers"
+OPENING = '<script id="data" type="application/json">'
 NFE, ORDER, NOISES = 5, 3, 200
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "iPNDM": {},
@@ -45,9 +47,8 @@ def page() -> str:
         "noises": s4s.initial_noise(setup, range(NOISES)).tolist(),
         "solvers": solvers,
     }
-    opening = '<script id="data" type="application/json">'
-    pattern = f"(?<={re.escape(opening)}).*?(?=</script>)"
-    return re.sub(pattern, lambda _: json.dumps(data), PAGE.read_text("utf-8"), 1, re.S)
+    before, opening, after = PAGE.read_text("utf-8").partition(OPENING)
+    return before + opening + json.dumps(data) + after[after.index("</script>") :]
 
 
 if __name__ == "__main__":
