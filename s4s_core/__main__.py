@@ -1,4 +1,4 @@
-"""The command `s4s`, or `python -m s4s_core`: run, learn for a pipeline, fetch, list names."""
+"""The command `s4s`, or `python -m s4s_core`: run, count, learn for a pipeline, fetch, list."""
 
 import argparse
 import os
@@ -8,10 +8,11 @@ from pathlib import Path
 
 from .deploy.learn_pipeline import estimate, learn_missing, prepare
 from .errors import UsageError, shown
+from .experiments.cost import by_dataset, cost, hours, planned, told
 from .experiments.experiment import DPM_SOLVER_V3, GRID_NAMES, LEARN, Experiment
 from .experiments.run import run
 from .learn import LearningDivergedError
-from .models.zoo import fetch_files
+from .models.zoo import build, fetch_files
 from .params import FULL, PRECISIONS, Params, datasets, load_params, read_yaml, settings_for
 from .published import SOLVERS
 
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="s4s", description="Learn fast solvers of diffusion ODEs."
     )
-    commands = parser.add_subparsers(required=True, metavar="run | learn | fetch | list")
+    commands = parser.add_subparsers(required=True, metavar="run | cost | learn | fetch | list")
 
     runs = commands.add_parser(
         "run", help="learn a solver, measure it, write it to a JSON file",
@@ -43,6 +44,14 @@ def main(arguments: list[str] | None = None) -> None:
     runs.add_argument("--preset", default=FULL, help="named settings of params/<dataset>.yaml")
     runs.add_argument("--out", metavar="FILE", help="the solver file; without, in results/")
     runs.set_defaults(command=_run)
+
+    costs = commands.add_parser("cost", help="say what a notebook would cost, and run nothing")
+    costs.add_argument("notebook", help="executed until its first run_all")
+    add = costs.add_argument
+    add("-p", dest="values", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="a parameter, as papermill takes it")  # fmt: skip
+    add("-y", dest="yaml", action="append", default=[], help="parameters, as in -y 'seeds: [0]'")
+    costs.set_defaults(command=_cost)
 
     learns = commands.add_parser(
         "learn", help="learn solvers for a diffusers pipeline, write a folder for the Hub",
@@ -114,6 +123,23 @@ def _learn(out: str, nfe: list[int], **given) -> None:
     except KeyboardInterrupt:
         sys.exit(f"interrupted: {out} has what is learned; the same command learns what is missing")
     print(f"solvers  {out}")
+
+
+def _cost(notebook: str, values: list[list[str]], yaml: list[str]) -> None:
+    given = {name: read_yaml(value, f"the value of -p {shown(name)}") for name, value in values}
+    for text in yaml:
+        more = read_yaml(text, "the value of -y")
+        if not isinstance(more, dict):
+            raise UsageError(f"-y takes parameters by name, as in 'seeds: [0]', not {shown(text)}")
+        given |= more
+    experiments, others = planned(notebook, given)
+    for dataset, own in by_dataset(experiments).items():
+        total = cost(own)
+        print(f"{dataset}, where nothing is cached:", *told(total), sep="\n", flush=True)
+        setup = build(dataset, own[0].params)
+        print(f"{hours(total, setup):15.2f} hours, about, on {setup.device}, in one process")
+    if others:
+        print(f"{others} other statements run something, too, which is not counted")
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -1079,7 +1079,7 @@ def test_what_a_file_or_a_dictionary_says_later_does_not_change_an_experiment(pa
     result = run(given)
     assert given.path() == path and path.exists()
     assert result.n_samples == result.config["params"]["fid_samples"] == 20
-    before = run_module._ld3(given)
+    before = run_module.ld3_run(given)
     assert before.params == given.params and run(before).config["params"]["lr_xi"] == 5e-3
 
 

@@ -23,7 +23,8 @@ from s4s_core import CallCounter, CompiledSolver, SolverFamily
 from s4s_core.__main__ import main
 from s4s_core.deploy import learn_pipeline
 from s4s_core.deploy.hub import model_card
-from s4s_core.deploy.learn_pipeline import evaluations_a_pass, prepare
+from s4s_core.deploy.learn_pipeline import prepare
+from s4s_core.experiments.cost import evaluations_a_pass
 
 SMALL = {"n_train_alt": 8, "n_valid_alt": 4, "teacher_nfe": 3, "fid_samples": 10, "epochs": 1}
 PROMPTS = ["a digit", "a cat", "a dog"]

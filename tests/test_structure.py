@@ -33,7 +33,7 @@ FOLDERS = {
     ),
     "baselines": (["grid_search", "dpm_solver_v3", "learned"], []),
     "experiments": (
-        ["cache", "executors", "experiment", "run", "tables", "plot"],
+        ["cache", "executors", "experiment", "run", "cost", "tables", "plot"],
         ["models", "baselines"],
     ),
     "lessons": (["density", "exact", "interactive"], ["experiments"]),

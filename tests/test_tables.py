@@ -2,11 +2,15 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 
-from s4s_core import interval
+from s4s_core import UsageError, interval
 from s4s_core.experiments import tables
+from s4s_core.experiments.experiment import DPM_SOLVER_V3, GRID_NAMES
+from s4s_core.params import datasets
+from s4s_core.published import SOLVERS
 
 
 def runs(method: str, nfe: int, *values: float, spread: float = 0.1, **keys) -> list[dict]:
@@ -140,10 +144,20 @@ def test_calls_to_match_takes_the_fewest_or_says_that_none_suffice():
         tables.calls_to_match(rows, "Alt", 4)
 
 
+def paper_rows(dataset: str, ranks: dict[int, list[str]]) -> pd.DataFrame:
+    """Rows of a paper that ranks methods so, best first."""
+    rows = [
+        {"dataset": dataset, "method": m, "nfe": n, "frechet": float(i), "note": ""}
+        for n, order in ranks.items()
+        for i, m in enumerate(order)
+    ]
+    return pd.DataFrame(rows).sort_values("method", ascending=False)  # ranks are in the numbers
+
+
 def test_agreement_counts_pairs_and_names_those_in_another_order():
     rows = runs("a", 4, 1.0, 2.0) + runs("b", 4, 2.5, 4.0) + runs("c", 4, 2.0, 3.0)
     rows += runs("a", 6, 5.0) + runs("b", 6, 4.0, spread=0.2)
-    paper = {4: ["a", "b", "c", "nowhere"], 6: ["a", "b"], 8: ["a", "b"]}
+    paper = paper_rows("ffhq", {4: ["a", "b", "c", "nowhere"], 6: ["a", "b"], 8: ["a", "b"]})
     assert tables.agreement(rows, paper).splitlines() == [
         "frechet: 2 of 4 pairs come in the paper's order, 1 clearly; the others do not",
         "",
@@ -152,3 +166,96 @@ def test_agreement_counts_pairs_and_names_those_in_another_order():
     ]
     (sentence,) = tables.agreement(rows[:4], paper).splitlines()
     assert sentence == "frechet: 1 of 1 pairs come in the paper's order, 0 clearly"
+
+
+def test_agreement_counts_each_dataset_of_the_paper_and_settings_of_several_columns():
+    rows = [
+        row | {"order": k}
+        for k, value in ((3, 1.0), (4, 2.0))
+        for row in runs("S4S", 4, value) + runs("none", 4, value + 3)
+    ]
+    third = paper_rows("ffhq", {4: ["S4S", "none"]}).assign(order=3)
+    paper = pd.concat([third, third.assign(order=4), third.assign(dataset="cifar10")])
+    text = tables.agreement(rows, paper, within=("order", "nfe"))
+    assert [line for line in text.splitlines() if line] == [
+        "frechet: 2 of 2 pairs come in the paper's order of ffhq, 2 clearly",
+        "frechet: 1 of 1 pairs come in the paper's order of cifar10, 1 clearly",
+    ]
+    by_both = tables.agreement(rows, paper[:3], by=("method", "order"))
+    assert by_both == "frechet: 3 of 3 pairs come in the paper's order, 3 clearly"
+
+
+def test_agreement_names_no_more_pairs_than_can_be_read():
+    names = [f"m{i}" for i in range(10)]
+    rows = [row for i, name in enumerate(names) for row in runs(name, 4, float(-i))]
+    lines = tables.agreement(rows, paper_rows("ffhq", {4: names})).splitlines()
+    assert len(lines) == 2 + tables.SHOWN + 1
+    assert lines[-1] == f"- and {45 - tables.SHOWN} more"
+
+
+def test_the_papers_numbers_stand_below_ours_line_by_line_with_their_notes():
+    rows = [row | {"dataset": "digits"} for row in runs("a", 4, 1.0, 2.0) + runs("b", 4, 3.0)]
+    paper = paper_rows("ffhq", {4: ["c", "a"], 6: ["a"]})
+    plain = str(tables.beside(rows, paper))
+    assert plain.splitlines() == [
+        "| method | dataset | NFE 4 | NFE 6 |",
+        "| --- | --- | --- | --- |",
+        "| a | digits | 1.50 ± 0.50 | - |",
+        "| a | ffhq, paper | 1.00 | 0.00 |",
+        "| b | digits | 3.00 | - |",
+        "| c | ffhq, paper | 0.00 | - |",
+    ]
+    notes = {"a": "twice; doubtful", "c": "doubtful"}
+    noted = str(tables.beside(rows, paper.assign(note=paper["method"].map(notes))))
+    assert noted.removeprefix(plain).splitlines() == [
+        "",
+        "",
+        "Notes on the paper's numbers:",
+        "",
+        "- all: doubtful",
+        "- a, NFE 4, 6: twice",
+    ]
+
+
+# Cells and their sums, counted in the print by another way than the file was made.
+PAPER = {2: (60, 837.98), 3: (24, 246.36), 4: (13, 86.41), 5: (19, 127.59), 6: (15, 73.71)}
+PAPER |= {8: (12, 673.95), 9: (24, 576.21), 10: (24, 961.26), 11: (6, 273.11), 12: (13, 86.41)}
+PAPER |= {13: (344, 11116.79), 14: (400, 23791.81), 15: (344, 13415.91)}
+PAPER |= {16: (258, 5445.91), 17: (300, 17504.23), 18: (300, 7626.67)}
+
+
+def test_every_number_of_the_papers_tables_is_there():
+    for number, (count, total) in PAPER.items():
+        found = tables.paper(number)
+        assert len(found) == count, number
+        assert math.isclose(found["frechet"].sum(), total, abs_tol=1e-6), number
+    everything = tables.paper(*PAPER)
+    names = ["table", "dataset", "grid", "solver", "method", "order", "nfe"]
+    names += ["coefficients", "setting"]
+    assert not everything.duplicated(names).any()
+    assert set(everything["dataset"]) <= set(datasets())
+    assert set(everything["grid"].dropna()) <= set(GRID_NAMES)
+    assert set(everything["solver"].dropna()) <= {*SOLVERS, DPM_SOLVER_V3}
+
+
+def test_the_papers_tables_agree_with_each_other_where_no_note_says_otherwise():
+    cell = ["dataset", "grid", "solver", "method", "nfe"]
+    full = tables.paper(*range(13, 19)).set_index(cell)["frechet"]
+    selected, joint = tables.paper(2), tables.paper(6)
+    selected = selected[selected["note"] == ""]
+    assert len(selected) == 39
+    names = {"S4S-Alt": "S4S-Alt", "iPNDM-S4S": "S4S", "iPNDM": "published"}
+    joint = joint[joint["method"].isin(names)].replace({"method": names})
+    for part in (selected, joint):
+        assert list(full.loc[pd.MultiIndex.from_frame(part[cell])]) == list(part["frechet"])
+
+
+def test_the_papers_rows_of_a_dataset_or_of_the_first_that_there_is():
+    assert set(tables.paper(14, 15, dataset="ffhq")["table"]) == {15}
+    assert set(tables.paper(15, 14, dataset="digits")["dataset"]) == {"ffhq"}
+    assert "grid" not in tables.paper(12)
+    for numbers in ((), (7,), ("3",)):
+        with pytest.raises(UsageError, match="2, 3, 4, 5, 6, 8"):
+            tables.paper(*numbers)
+    with pytest.raises(UsageError, match="unknown dataset .ffqh"):
+        tables.paper(3, dataset="ffqh")

@@ -1,7 +1,6 @@
 """From a diffusers pipeline to a folder for the Hub: what `s4s learn` does."""
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,18 +14,17 @@ from ..denoiser import CallCounter
 from ..errors import UsageError, choose, optional_import, require_whole, writing
 from ..evaluate import interval
 from ..experiments.cache import try_folder
+from ..experiments.cost import evaluations_a_pass, seconds_a_call
 from ..experiments.experiment import SEARCHED
 from ..experiments.run import BLOCKS, cached_teacher_set, sample_errors
-from ..gauss_newton import SMALL_STEPS, STEPS_AN_EPOCH, learn_gauss_newton
-from ..grid import time_uniform
+from ..gauss_newton import learn_gauss_newton
 from ..models.diffusers_pipeline import from_diffusers
 from ..models.networks.latent import read_captions
 from ..models.zoo import default_device
-from ..params import PRECISIONS, Params
-from ..published import Scheme, ddim, dpm_solver_pp
+from ..params import PRECISIONS
+from ..published import Scheme, dpm_solver_pp
 from ..setup import Setup
 from ..solver import Solver
-from ..teacher import sample_batches
 from .family import SolverFamily
 from .hub import save_pretrained
 from .install import install
@@ -192,33 +190,13 @@ def _scheduler(pipeline: Any, family: SolverFamily, guidance: float) -> Any:
 # --- What it costs ----------------------------------------------------------------------------
 
 
-def evaluations_a_pass(nfe: int, params: Params) -> int:
-    """Return how many samples the network sees in one pass of Gauss-Newton over the pairs.
-
-    Where each step finds a lower loss at once; up to three more losses may be tried.
-    """
-    # A number that is learned costs every later call: before call i there are 3 i - 1 states, times
-    # and levels and i (i + 1) / 2 weights, and the call's own time has a slope.
-    derivatives = sum(3 * i + i * (i + 1) // 2 for i in range(1, nfe))
-    n, size = params.n_train_alt, params.newton_batch_size
-    steps = min(SMALL_STEPS, n / max(1, size // 4)) + max(0, n - SMALL_STEPS * (size // 4)) / size
-    looks = math.ceil(steps / STEPS_AN_EPOCH)
-    return n * (2 * nfe + derivatives) + looks * params.n_valid_alt * nfe
-
-
 def estimate(job: PipelineJob) -> Iterator[str]:
     """Yield lines that say what the job will cost: network evaluations, and time on this device.
 
     The time is that of one network call of sample_batch_size samples, which is made for it.
     """
     setup, params = job.setup, job.setup.params
-    grid = time_uniform(setup.schedule, 1)
-    solver, seeds = Solver(ddim(grid), grid), range(params.sample_batch_size)
-    for _ in range(2):  # the first is slower
-        began = time.perf_counter()
-        for x in sample_batches(solver, setup, seeds, "measuring"):
-            x.cpu()
-        each = (time.perf_counter() - began) / len(seeds)
+    each = seconds_a_call(setup)
 
     def line(what: str, evaluations: int) -> str:
         return f"{what:24} {evaluations:10,} forward, 0 backward, about {each * evaluations:,.0f} s"

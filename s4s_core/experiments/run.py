@@ -302,7 +302,7 @@ def learning_costs(experiment: Experiment) -> dict[str, float]:
 
     seconds; evaluations and backward as Result has them.
     """
-    learned = [experiment, _ld3(experiment)] if experiment.grid == "ld3" else [experiment]
+    learned = [experiment, ld3_run(experiment)] if experiment.grid == "ld3" else [experiment]
     costs = [_learned_once(e)[1] for e in learned]
     return {n: sum(c[n] for c in costs) for n in ("seconds", "evaluations", "backward")}
 
@@ -503,15 +503,15 @@ def _time_grid(experiment: Experiment, setup: Setup) -> TimeGrid:
     name = experiment.grid
     nfe = count_steps(experiment.solver, experiment.order, experiment.nfe)
     if name == "ld3":
-        return _learned_once(_ld3(experiment))[0].grid
+        return _learned_once(ld3_run(experiment))[0].grid
     if name in GRIDS:
         return GRIDS[name](setup.schedule, nfe)
     make = lambda: {"t": SEARCHED[name](setup, nfe).t}  # noqa: E731
     return TimeGrid(setup.schedule, cached_tensors(setup, name, {"nfe": nfe}, make)["t"])
 
 
-def _ld3(experiment: Experiment) -> Experiment:
-    """The run whose grid "ld3" is: the same solver at one order, so that orders compare.
+def ld3_run(experiment: Experiment) -> Experiment:
+    """Return the run whose grid "ld3" is: the same solver at one order, so that orders compare.
 
     LD3 is a method with an optimiser of its own, whatever else the experiment learns with.
     """
@@ -525,7 +525,7 @@ def _ld3(experiment: Experiment) -> Experiment:
 def _representative_for_grid(experiment: Experiment) -> Experiment:
     """A stand-in with the same grid, so that a grid shared by many runs is made once."""
     if experiment.grid == "ld3":
-        return _ld3(experiment)
+        return ld3_run(experiment)
     return experiment.variant(solver="ddim", order=1, learn="none", seed=0)
 
 

@@ -1,4 +1,4 @@
-"""What the rows of `run_all` say, as tables: means over seeds, and who is better where.
+"""What the rows of `run_all` say, as tables: means over seeds, who is better where, and the paper.
 
 `rows` is everywhere a pandas frame with a row for each run, or a list of dictionaries; runs that
 agree in all columns asked about differ in the seed. Each function returns Markdown that a notebook
@@ -16,10 +16,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, choose, shown
 from ..evaluate import interval
+from ..params import PARAMS, datasets
 
 Rows: TypeAlias = pd.DataFrame | Iterable[Mapping[str, Any]]
+SHOWN = 30  # pairs that are named one by one
 
 
 class Table(str):
@@ -204,34 +206,98 @@ def best(
     return pd.concat(chosen)
 
 
+def paper(*numbers: int, dataset: str = "") -> pd.DataFrame:
+    """Return the paper's own numbers, which are FIDs, as rows like those of `run_all`.
+
+    numbers  of its tables: 2 to 6 and 8 to 18, which stand in params/paper.csv
+    dataset  keep its rows alone, or where these tables have none of it, as of a model of ours,
+             those of the first dataset that they have
+
+    Solvers, grids and methods have the names that the notebooks give them, and S4S-Alt the grid and
+    the solver that it starts from. The column "note" says why a cell cannot be right. A column that
+    these tables leave empty is left out. Raises UsageError for what is no such table or dataset.
+    """
+    printed = pd.read_csv(PARAMS / "paper.csv", dtype={"order": "Int64"})
+    tables = {number: rows for (number,), rows in _groups(printed, ["table"]).items()}
+    if not numbers or set(numbers) - {*tables}:
+        raise UsageError(
+            f"the paper's tables with such numbers are {', '.join(map(str, tables))}, not "
+            f"{shown(numbers)}"
+        )
+    found = pd.concat([tables[number] for number in numbers]).fillna({"note": ""})
+    if dataset:
+        own = found["dataset"] == choose("dataset", dataset, datasets())
+        found = found[own if own.any() else found["dataset"] == found["dataset"].iloc[0]]
+    return found.dropna(axis="columns", how="all").reset_index(drop=True)
+
+
+def beside(
+    rows: Rows, paper: pd.DataFrame, index: Sequence[str] = ("method",), digits: int = 2
+) -> Table:
+    """Return a `pivot` in which the paper's numbers follow ours line by line, and notes on them.
+
+    rows, paper  ours, which are shown by their dataset, and those of `paper`
+    index        columns that both have
+    """
+    ours, theirs = _frame(rows), paper.assign(dataset=paper["dataset"] + ", paper")
+    both = pd.concat([ours, theirs])
+    at = both.groupby(list(index), sort=False).ngroup()
+    both = both.iloc[at.argsort(kind="stable")]
+    text = pivot(both, (*index, "dataset"), digits=digits)
+    noted = theirs.assign(note=theirs["note"].str.split("; ")).explode("note")
+    lines = []
+    for (note,), cells in _groups(noted[noted["note"] != ""], ["note"]).items():
+        calls = cells.groupby(list(index), sort=False)["nfe"].unique()
+        at = [
+            f"{', '.join(map(str, _tuple(line)))}, NFE {', '.join(map(str, n))}"
+            for line, n in calls.items()
+        ]
+        lines.append(f"- {'; '.join(at) if len(cells) < len(theirs) else 'all'}: {note}")
+    heading = ["", "Notes on the paper's numbers:", ""] if lines else []
+    return Table("\n".join([text, *heading, *lines]))
+
+
 def agreement(
     rows: Rows,
-    paper: Mapping[Any, Sequence[str]],
-    by: str = "method",
-    within: str = "nfe",
+    paper: pd.DataFrame,
+    by: str | Sequence[str] = "method",
+    within: str | Sequence[str] = "nfe",
     value: str = "frechet",
     digits: int = 2,
 ) -> Table:
     """Return how many pairs of settings of `by` come in the paper's order, and which do not.
 
-    paper  value of `within` -> the settings as the paper ranks them, best first
-    "clearly" means that the interval of their difference excludes zero.
+    paper  the rows of `paper`, counted one dataset of it after the other
+    "clearly" means that the interval of their difference excludes zero. Of the pairs in another
+    order SHOWN are named.
     """
-    found = _groups(rows, [within, by])
-    count, clear, contrary = 0, 0, []
-    for at, order in paper.items():
-        for first, second in combinations(order, 2):
-            if (at, first) not in found or (at, second) not in found:
-                continue
-            a, b = found[at, first], found[at, second]
-            count, clear = count + 1, clear + int(is_clearly_less(a, b, value))
-            if (mean := a[value].mean()) >= (other := b[value].mean()):
-                means = f"{second} {other:.{digits}f} before {first} {mean:.{digits}f}"
-                clearly = ", clearly" if is_clearly_less(b, a, value) else ""
-                contrary.append(f"- {within.upper()} {at}: {means}{clearly}")
-    text = f"{value}: {count - len(contrary)} of {count} pairs come in the paper's order"
-    text += f", {clear} clearly" + ("; the others do not\n" if contrary else "")
-    return Table("\n".join([text, *contrary]))
+    by, within = ([names] if isinstance(names, str) else [*names] for names in (by, within))
+    found = _groups(rows, [*within, *by])
+    texts = []
+    for (dataset,), theirs in _groups(paper, ["dataset"]).items():
+        count, clear, contrary = 0, 0, []
+        for at, cells in _groups(theirs, within).items():
+            means = cells.groupby(by, sort=False)["frechet"].mean()
+            order = [_tuple(name) for name in means.sort_values(kind="stable").index]
+            where = ", ".join(
+                f"NFE {v}" if n == "nfe" else str(v) for n, v in zip(within, at, strict=True)
+            )
+            for first, second in combinations(order, 2):
+                if (*at, *first) not in found or (*at, *second) not in found:
+                    continue
+                a, b = found[*at, *first], found[*at, *second]
+                count, clear = count + 1, clear + int(is_clearly_less(a, b, value))
+                if (mean := a[value].mean()) >= (other := b[value].mean()):
+                    before, after = (", ".join(map(str, name)) for name in (second, first))
+                    clearly = ", clearly" if is_clearly_less(b, a, value) else ""
+                    pair = f"{before} {_number(other, digits)} before {after}"
+                    contrary.append(f"- {where}: {pair} {_number(mean, digits)}{clearly}")
+        of = f" of {dataset}" if paper["dataset"].nunique() > 1 else ""
+        text = f"{value}: {count - len(contrary)} of {count} pairs come in the paper's order{of}"
+        text += f", {clear} clearly" + ("; the others do not\n" if contrary else "")
+        more = [f"- and {len(contrary) - SHOWN} more"] if len(contrary) > SHOWN else []
+        texts.append("\n".join([text, *contrary[:SHOWN], *more]))
+    return Table("\n\n".join(texts))
 
 
 def calls_to_match(
