@@ -86,6 +86,8 @@ def optional_import(packages: str, purpose: str) -> Iterator[None]:
 
 def require_file(path: str | Path) -> None:
     """Raise UsageError unless `path` is a file: a pipe or a device would never end."""
+    if os.path.isdir(path):
+        raise UsageError(f"{path} is a folder, no file: name one in it")
     if not os.path.isfile(path):
         raise UsageError(f"there is no file {path}; check the path, or fetch or train it")
 

@@ -23,6 +23,7 @@ def initial_noise(setup: Setup, seeds: Iterable[int]) -> Tensor:
     schedule at whose end signal is left.
     """
     require("setup", setup, Setup)
+    require("seeds", seeds, Iterable)
     check_begins_in_noise(setup.schedule)
     draws = [
         torch.randn(setup.shape, generator=torch.Generator().manual_seed(s), dtype=torch.float64)

@@ -98,7 +98,7 @@ def install(pipeline: Any, solver: AnySolver, guidance: float | None = None) -> 
 
     solver    a solver, a family, or a file of either
     guidance  the guidance_scale that the pipeline will be called with, to be compared with that
-              which the solver was learned for
+              which the solver was learned for: a scheduler cannot see the scale of a call
 
     Then pipeline(..., num_inference_steps=N) makes N network calls. Samples are equal to those of
     `Solver.sample` on the setup that `from_diffusers` gives. img2img and inpainting begin in the
@@ -188,6 +188,8 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
     name = "s4s_scheduler"
     if type(getattr(pipeline, "scheduler", None)).__name__ != "S4SScheduler":
         raise UsageError(f"there is no solver in this {type(pipeline).__name__}: install one first")
+    if Path(folder).is_file():
+        raise UsageError(f"{folder} is a file: name a folder for the pipeline")
     pipeline.save_pretrained(folder)
     shutil.copy(Path(__file__).with_name(f"{name}.py"), Path(folder) / "scheduler")
     index = Path(folder) / "model_index.json"

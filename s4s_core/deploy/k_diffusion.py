@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import UsageError
+from ..errors import UsageError, require
 from ..grid import TimeGrid
 from ..schedule import NoiseSchedule, RectifiedFlow
 from ..solver import Solver
@@ -33,6 +33,7 @@ def sigmas_of(solver: Solver) -> Tensor:
 
     The last is not 0: learned steps end where the grid does. Start at noise of the first level.
     """
+    require("solver", solver, Solver)
     _, grid = solver.coefficients.as_multistep(solver.grid)
     return grid.schedule.sigma(grid.t) / _unit(grid.schedule, grid.t)
 
@@ -84,8 +85,9 @@ def _place(own: Tensor, sigmas: Tensor) -> tuple[int, int]:
     if given.ndim == 1 and len(given) > 1:
         begin = int((own - given[0]).abs().argmin())
         end = begin + len(given) - 1
-        # Pipelines hand levels on in float32.
-        if end < len(own) and torch.allclose(given, own[begin : end + 1], rtol=1e-5, atol=0):
+        # Pipelines hand levels on in float32, or in half precision.
+        rtol = max(1e-5, torch.finfo(sigmas.dtype).eps) if sigmas.is_floating_point() else 0.0
+        if end < len(own) and torch.allclose(given, own[begin : end + 1], rtol=rtol, atol=0):
             return begin, end
     raise UsageError(
         f"this solver samples on its own {len(own)} noise levels ({_shortened(own)}) or a part of "

@@ -91,7 +91,10 @@ def prepare(
     folder = Path(folder)
     found = _found(folder)
     loaded = _load(pipeline, dtype)
-    setup = from_diffusers(loaded, lines, class_labels, guidance, check=check)
+    try:
+        setup = from_diffusers(loaded, lines, class_labels, guidance, check=check)
+    except UsageError as error:
+        raise UsageError(str(error).replace("check=False", "--no-check")) from None
     params = setup.params.override_for("s4s learn", READS, DEFAULTS | (settings or {}))
     require_whole("fid_samples", params.fid_samples, 2 * BLOCKS)
     choose("distance", params.distance, ("l2", "lpips"))
@@ -202,7 +205,8 @@ def estimate(job: PipelineJob) -> Iterator[str]:
         return f"{what:24} {evaluations:10,} forward, 0 backward, about {each * evaluations:,.0f} s"
 
     pairs, held_out = params.n_train_alt + params.n_valid_alt, params.fid_samples
-    yield f"network evaluations, one a sample and call (guidance included), on {setup.device}:"
+    told = f"guidance {params.guidance:g}" if params.guidance != 1 else "no guidance"
+    yield f"network evaluations, one a sample and call ({told}), on {setup.device}:"
     yield line(f"teacher, {pairs:,} pairs", pairs * params.teacher_nfe)
     yield line(f"teacher, {held_out} held out", held_out * params.teacher_nfe)
     for nfe in job.starts:
@@ -226,9 +230,10 @@ def learn_missing(job: PipelineJob) -> Iterator[str]:
         save_pretrained(family, scheduler, job.folder)
         held_out, cost = solver.provenance["held_out"], solver.provenance["cost"]
         low, high = held_out["interval"]
+        worse = " (the published solver is nearer)" if low > 0 else ""
         yield (
             f"{nfe} calls: distance to the teacher {held_out['distance']:.4f}, published "
-            f"{held_out['published']:.4f}, difference {low:.4f} to {high:.4f}; "
+            f"{held_out['published']:.4f}, difference {low:.4f} to {high:.4f}{worse}; "
             f"{cost['evaluations']:,} forward, {cost['backward']} backward, {cost['seconds']:.0f} s"
         )
 

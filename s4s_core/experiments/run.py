@@ -339,6 +339,8 @@ def run_all(
 
     if workers is not None:
         require_whole("workers", workers, 1)
+    if executor is not None:
+        require("executor", executor, Executor)
     if workers and executor:
         raise UsageError("workers are processes of this machine: give run_all an executor or these")
     named = experiments.items() if isinstance(experiments, Mapping) else [("", experiments)]

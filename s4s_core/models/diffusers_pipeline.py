@@ -5,6 +5,7 @@ and the clipping of its own sampling loop are not.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..denoiser import (
     guided,
     of_model,
 )
-from ..errors import UsageError, choose, optional_import
+from ..errors import UsageError, choose, optional_import, shown
 from ..objective import SMALLEST_SIDE
 from ..params import OF_THE_MODEL, Params
 from ..schedule import NAMED_SCHEDULES, NoiseSchedule, RectifiedFlow, VPDiscrete, VPTable
@@ -83,6 +84,8 @@ def from_diffusers(
     Raises UsageError for a pipeline of another kind, for a network with inputs that are not
     supplied here, which it names, and if the self-test fails.
     """
+    if isinstance(prompt, str) and os.path.isfile(prompt):
+        raise UsageError(f"prompt {shown(prompt)} is a file: give Path({shown(prompt)})")
     if isinstance(prompt, Path):
         prompt = read_captions(prompt)
     called, scheduler, vae = _parts(pipeline, _diffusers())

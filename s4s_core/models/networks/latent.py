@@ -192,8 +192,8 @@ def read_captions(path: str | Path) -> list[str]:
                 raise ValueError("one column is called text, and what has commas is in quotes")
             # A caption that is missing is left out, as an empty line is.
             lines = [dict(zip(names, row, strict=False)).get("text", "") for row in rows]
-        if "\0" in "".join(lines) or "".join(lines[:1]).lstrip().startswith("<"):
-            raise ValueError("it is no text, or a web page")
+        if "\0" in "".join(lines) or "".join(lines[:1]).lstrip().startswith(("<", "{")):
+            raise ValueError("it is no text, a web page or JSON")
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(
             f"{path} is no readable file of captions ({reason(path, error)})"
