@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .errors import UsageError
+from .errors import UsageError, first_line
 from .schedule import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -266,10 +266,9 @@ def check_contract(denoiser: Denoiser, x: Tensor, t: Tensor, gradient: bool = Fa
         except UsageError:
             raise
         except Exception as error:  # whatever a network makes of it
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UsageError(
-                f"the denoiser fails for x in {x.dtype} and t in {t.dtype} ({reason}): take x and "
-                "t as they come, as from_denoiser and its kin do for a torch module"
+                f"the denoiser fails for x in {x.dtype} and t in {t.dtype} ({first_line(error)}): "
+                "take x and t as they come, as from_denoiser and its kin do for a torch module"
             ) from error
     with torch.no_grad():
         second = denoiser(before.clone(), t)

@@ -121,6 +121,16 @@ def reason(path: str | Path, error: Exception) -> str:
     return " ".join(words).split(". ")[0][:200]  # a second sentence may give unsafe advice
 
 
+def first_line(error: Exception, at_most: int = 200) -> str:
+    """Return the first line of an error's message, cut there; its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:at_most]
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the class and the message of an error, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def folder_from(variable: str) -> Path | None:
     """Return the folder that an environment variable names, or None where it names none.
 

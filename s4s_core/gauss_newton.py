@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .denoiser import Denoiser
-from .errors import UsageError, choose, halve_batch, progress
+from .errors import UsageError, choose, first_line, halve_batch, progress
 from .grid import LearnedGrid, TimeGrid
 from .learn import Epoch, LearningDivergedError, check_fit
 from .objective import Embedding, feature_embedding, lpips_embedding, pixel_embedding
@@ -372,10 +372,9 @@ class _Problem:
                 return None
             except (RuntimeError, NotImplementedError) as error:
                 if params.jacobian == "jvp":
-                    reason = str(error).splitlines()[0][:200]
                     raise UsageError(
-                        f"the network of {self.setup.name} has no forward derivative ({reason}): "
-                        "choose jacobian differences"
+                        f"the network of {self.setup.name} has no forward derivative "
+                        f"({first_line(error)}): choose jacobian differences"
                     ) from None
         usual = 3e-3 if params.precision == "float32" else 3e-2
         for step in (usual, 4 * usual, 16 * usual):

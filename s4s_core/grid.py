@@ -23,9 +23,8 @@ def as_numbers(name: str, values: Any) -> Tensor:
     try:
         numbers = torch.as_tensor(values)
         # Of [[], 1.0] torch makes a tensor of no numbers.
-        if numbers.dtype == torch.bool or numbers.is_complex() or not numbers.numel():
-            raise TypeError
-        if _has_bool(values):
+        wrong = numbers.dtype == torch.bool or numbers.is_complex() or not numbers.numel()
+        if wrong or _has_bool(values):
             raise TypeError
         # Not of the tensor above, whose floats may have been made in single precision.
         return torch.as_tensor(values, dtype=torch.float64)

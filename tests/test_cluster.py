@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
+from test_experiment import TINY as FIRST_ORDER
 
 import s4s_core as s4s
 from s4s_core import errors as errors_module
@@ -27,17 +28,7 @@ from s4s_core.experiments import run as run_module
 from s4s_core.experiments.executors import ThisProcess, carry_out, cluster, processes
 
 ROOT = Path(__file__).parents[1]
-TINY = {
-    "teacher_nfe": 10,
-    "n_train": 8,
-    "n_valid": 4,
-    "n_train_alt": 8,
-    "n_valid_alt": 4,
-    "batch_size": 4,
-    "batch_size_alt": 4,
-    "epochs": 2,
-    "fid_samples": 50,
-}
+TINY = FIRST_ORDER | {"learner": "gauss_newton"}
 NUMBERS = ["frechet", "frechet_to_teacher", "thumbnails_to_teacher", "distance_to_teacher"]
 
 

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, optional_import, read_json, require, shown, write_atomically
+from ..errors import (
+    UsageError,
+    first_line,
+    optional_import,
+    read_json,
+    require,
+    shown,
+    write_atomically,
+)
 from ..schedule import NoiseSchedule
 from ..solver import FORMAT as SOLVER_FORMAT
 from ..solver import Solver
@@ -128,9 +136,9 @@ class SolverFamily:
         try:
             folder = snapshot_download(str(name), revision=revision, allow_patterns=IN_FOLDER)
         except (OSError, ValueError) as error:  # the Hub's own errors are of these kinds
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise UsageError(
-                f"{name} is no folder, and no repository of the Hub that can be read ({reason}): "
+                f"{name} is no folder, and no repository of the Hub that can be read "
+                f"({first_line(error)}): "
                 "check its name and your connection"
             ) from None
         return cls.load(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError, optional_import, shown, write_atomically
+from ..errors import UsageError, first_line, optional_import, shown, write_atomically
 from .compiled import compile_solver
 from .family import SolverFamily
 
@@ -59,10 +59,9 @@ def push_to_hub(folder: str | Path, repo_id: str, private: bool | None = None) -
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder)
     except (OSError, ValueError) as error:  # the Hub's own errors are of these kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UsageError(
-            f"the Hub does not take {folder} as {repo_id} ({reason}): check the name, and log in "
-            "with hf auth login"
+            f"the Hub does not take {folder} as {repo_id} ({first_line(error)}): "
+            "check the name, and log in with hf auth login"
         ) from None
     return str(address)
 

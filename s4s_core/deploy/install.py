@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError, choose, optional_import, write_atomically
-from ..models.diffusers_pipeline import PREDICTION_TYPES, alphas_cumprod
+from ..models.diffusers_pipeline import PREDICTION_TYPES, alphas_cumprod, own_settings
 from ..schedule import NoiseSchedule, RectifiedFlow, VPDiscrete, VPTable
 from ..solver import Solver
 from .compiled import answering, check_linear
@@ -114,7 +114,7 @@ def install(pipeline: Any, solver: AnySolver, guidance: float | None = None) -> 
             "load one with DiffusionPipeline.from_pretrained"
         )
     family, old = _family(solver), pipeline.scheduler
-    config = {k: v for k, v in old.config.items() if k != "solvers" and not k.startswith("_")}
+    config = own_settings(old)
     prediction = config.get("prediction_type", "epsilon")
     if type(old).__name__.startswith("FlowMatch"):
         prediction = "flow_prediction"

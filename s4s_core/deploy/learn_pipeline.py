@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__
 from ..denoiser import CallCounter
-from ..errors import UsageError, choose, optional_import, require_whole, writing
+from ..errors import UsageError, choose, first_line, optional_import, require_whole, writing
 from ..evaluate import interval
 from ..experiments.cache import try_folder
 from ..experiments.cost import evaluations_a_pass, seconds_a_call
@@ -91,10 +91,7 @@ def prepare(
     folder = Path(folder)
     found = _found(folder)
     loaded = _load(pipeline, dtype)
-    try:
-        setup = from_diffusers(loaded, lines, class_labels, guidance, check=check)
-    except UsageError as error:
-        raise UsageError(str(error).replace("check=False", "--no-check")) from None
+    setup = from_diffusers(loaded, lines, class_labels, guidance, check=check)
     params = setup.params.override_for("s4s learn", READS, DEFAULTS | (settings or {}))
     require_whole("fid_samples", params.fid_samples, 2 * BLOCKS)
     choose("distance", params.distance, ("l2", "lpips"))
@@ -151,10 +148,9 @@ def _load(pipeline: str | Path, dtype: str) -> Any:
             pipeline, dtype=getattr(torch, dtype), use_safetensors=True
         )
     except Exception as error:  # whatever diffusers makes of a missing or foreign folder
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise UsageError(
-            f"cannot load the pipeline {pipeline} ({reason}): give a folder that diffusers wrote, "
-            "or a repository of the Hub, with safetensors"
+            f"cannot load the pipeline {pipeline} ({first_line(error, 300)}): "
+            "give a folder that diffusers wrote, or a repository of the Hub, with safetensors"
         ) from None
     if loaded.dtype != getattr(torch, dtype):
         raise UsageError(

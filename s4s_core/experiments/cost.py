@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError, choose, read_file
+from ..errors import UsageError, choose, in_one_line, read_file
 from ..gauss_newton import SMALL_STEPS, STEPS_AN_EPOCH
 from ..grid import time_uniform
 from ..params import Params
@@ -22,7 +22,7 @@ from ..setup import Setup
 from ..solver import Solver
 from ..teacher import sample_batches
 from .experiment import DPM_SOLVER_V3, Experiment
-from .run import SHARD, ld3_run
+from .run import SHARD, ld3_run, teacher_of
 
 LARGEST = 10**8  # bytes of a notebook
 INCEPTION = 2048  # features, whose covariance is most of what a shard stores
@@ -98,8 +98,9 @@ def _execute(path: str | Path, tree: Any, mode: str, space: dict[str, Any]) -> A
     except UsageError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"{path} fails before its first run_all: {reason:.300}") from error
+        raise UsageError(
+            f"{path} fails before its first run_all: {in_one_line(error):.300}"
+        ) from error
 
 
 def cost(experiments: Iterable[Experiment]) -> Counter[str]:
@@ -122,30 +123,27 @@ def cost(experiments: Iterable[Experiment]) -> Counter[str]:
         parts["run", path] = {
             "runs": 1, "forward": p.fid_samples * e.nfe, "images": p.fid_samples,
         }  # fmt: skip
-        taught = (p.teacher_solver, p.teacher_order, p.teacher_grid, p.teacher_nfe)
-        model = (e.dataset, p.of_the_model(), taught, p.unipc_variant)
-        parts["teacher", model, p.fid_samples] = {
+        teacher = teacher_of(e)
+        parts["teacher", teacher, p.fid_samples] = {
             "forward": 2 * p.fid_samples * p.teacher_nfe, "images": p.fid_samples,
             "bytes": 4 * p.fid_samples * math.prod(p.shape) + entries,
         }  # fmt: skip
         learners = [e, ld3_run(e)] if e.grid == "ld3" else [e]
+        learners = [one for one in learners if one.learn != "none"]
         for one in learners:
-            if one.learn != "none":
-                parts["learn", _key(one)] = {"learned": 1} | _learning(one)
-                pairs = _pairs(one)
-                parts["pairs", model, one.seed, pairs] = {
-                    "forward": sum(pairs) * p.teacher_nfe,
-                    "bytes": 16 * sum(pairs) * math.prod(p.shape),
-                }
+            parts["learn", _key(one)] = {"learned": 1} | _learning(one)
+        sets = [_pairs(one) for one in learners]
         if e.grid == "gits":
             parts["gits", e.dataset, p.of_the_model(), e.nfe] = {"forward": 256 * 60}
         if e.solver == DPM_SOLVER_V3:
-            parts["pairs", model, e.seed, (p.n_train, p.n_valid)] = {
-                "forward": (p.n_train + p.n_valid) * p.teacher_nfe,
-                "bytes": 16 * (p.n_train + p.n_valid) * math.prod(p.shape),
-            }
+            sets.append((p.n_train, p.n_valid))
             looks = 2 * 60 * p.n_train * FORWARD_MODE
-            parts["statistics", model, e.seed, p.n_train] = {"forward": looks}
+            parts["statistics", teacher, e.seed, p.n_train] = {"forward": looks}
+        for pairs in sets:
+            parts["pairs", teacher, e.seed, pairs] = {
+                "forward": sum(pairs) * p.teacher_nfe,
+                "bytes": 16 * sum(pairs) * math.prod(p.shape),
+            }
         passing.append(entries * math.ceil(p.fid_samples / SHARD))
     total: Counter[str] = Counter()
     for part in parts.values():

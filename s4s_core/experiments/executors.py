@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import UsageError, optional_import
+from ..errors import UsageError, in_one_line, optional_import
 from ..learn import LearningDivergedError
 from .cache import method
 
@@ -219,8 +219,7 @@ def cluster(path: Path) -> Iterator[Executor]:
     try:
         config = runpy.run_path(str(path)).get("config")
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"{path} does not run ({reason:.300})") from error
+        raise UsageError(f"{path} does not run ({in_one_line(error):.300})") from error
     if not isinstance(config, parsl.Config):
         raise UsageError(f"{path} must define config = parsl.Config(...), as those in cluster/ do")
     with ExitStack() as stack:

@@ -257,6 +257,13 @@ def principal_components(rows: "Rows", of: str = "b") -> tuple[list[dict[str, An
     return found, pca.explained_variance_ratio_
 
 
+def _name_components(ax: Axes, shares: Any) -> None:
+    ax.set(
+        xlabel=f"first component ({shares[0]:.0%} of variance)",
+        ylabel=f"second component ({shares[1]:.0%})",
+    )
+
+
 @mpl.rc_context(STYLE)
 def plot_pca(
     rows: "Rows",
@@ -285,10 +292,7 @@ def plot_pca(
     for row in rows:
         if row[line] == reference:
             ax.plot(row["pc1"], row["pc2"], "*", color=COLORS[1], ms=16, mec=INK, label=reference)
-    ax.set(
-        xlabel=f"first component ({shares[0]:.0%} of variance)",
-        ylabel=f"second component ({shares[1]:.0%})",
-    )
+    _name_components(ax, shares)
     ax.locator_params(nbins=6)
     ax.figure.colorbar(points, ax=ax, ticks=at, label=by)
     ax.legend()
@@ -312,10 +316,7 @@ def plot_map(vectors: Mapping[str, Any], ax: Axes | None = None) -> Axes:
         ax.plot(row["pc1"], row["pc2"], marker, color=color, mfc=face, ms=9, alpha=0.8, label=name)
         ax.annotate(" ".join(name.split()[1:]), (row["pc1"], row["pc2"]), (6, 5),
                     textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
-    ax.set(
-        xlabel=f"first component ({shares[0]:.0%} of variance)",
-        ylabel=f"second component ({shares[1]:.0%})",
-    )
+    _name_components(ax, shares)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 

@@ -13,7 +13,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import __version__
 from ..baselines.dpm_solver_v3 import ModelStatistics, dpm_solver_v3, model_statistics
 from ..denoiser import CallCounter
-from ..errors import TEMPORARY, UsageError, progress, require, require_whole, shown
+from ..errors import TEMPORARY, UsageError, in_one_line, progress, require, require_whole, shown
 from ..evaluate import FeatureSums, feature_sums, frechet_distance, merge, thumbnails
 from ..grid import GRIDS, TimeGrid
 from ..learn import Epoch, LearningDivergedError
@@ -167,8 +167,8 @@ def _blocks(setup: Setup) -> list[list[range]]:
     n, n_features = setup.params.fid_samples, len(setup.reference.mean)
     # A block has as many samples as features, at least: their covariance is singular otherwise.
     n_blocks = min(BLOCKS, max(1, n // n_features))
-    ends = [0, *torch.tensor([len(b) for b in torch.arange(n).tensor_split(n_blocks)]).cumsum(0)]
-    return [_chunks(range(int(a), int(b))) for a, b in zip(ends, ends[1:], strict=False)]
+    blocks = torch.arange(n).tensor_split(n_blocks)
+    return [_chunks(range(int(block[0]), int(block[-1]) + 1)) for block in blocks]
 
 
 def _measured(
@@ -378,12 +378,19 @@ def _told(experiments: Mapping[Path, Experiment], errors: Mapping[Path, Exceptio
     lines, last = "", ""
     for path, error in errors.items():
         known = isinstance(error, UsageError | LearningDivergedError)
-        reason = " ".join(f"{'' if known else f'{type(error).__name__}: '}{error}".split())
+        reason = " ".join(str(error).split()) if known else in_one_line(error)
         e = experiments[path]
         lines += f"\n- {e.dataset} {e.grid} {e.solver} order {e.order} nfe {e.nfe} {e.learn} "
         lines += f"seed {e.seed}: {'the same' if reason == last else f'{reason:.400}'}"
         last = reason
     return lines
+
+
+def teacher_of(experiment: Experiment) -> tuple[Hashable, ...]:
+    """Return what tells the experiment's model and teacher from others; loads no network."""
+    p = experiment.params
+    taught = (p.teacher_solver, p.teacher_order, p.teacher_grid, p.teacher_nfe, p.unipc_variant)
+    return (experiment.dataset, p.of_the_model(), *taught)
 
 
 def _plan(experiment: Experiment) -> Plan:
@@ -396,11 +403,8 @@ def _plan(experiment: Experiment) -> Plan:
         shared["statistics", model] = (initial_solver, experiment)
     if shared:
         yield shared
-    p, path = experiment.params, experiment.path()
-    names = ("solver", "order", "grid", "nfe")
-    taught = [p.fid_samples, p.unipc_variant, *(getattr(p, f"teacher_{name}") for name in names)]
-    teacher = (experiment.dataset, p.of_the_model(), *taught)
-    seeds = range(p.fid_samples)
+    path, seeds = experiment.path(), range(experiment.params.fid_samples)
+    teacher = (teacher_of(experiment), len(seeds))
     draw: dict[Any, Any] = {
         ("teacher", teacher, chunk): (_draw_teacher, experiment, chunk) for chunk in _chunks(seeds)
     }

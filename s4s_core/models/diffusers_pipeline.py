@@ -142,7 +142,9 @@ def from_diffusers(
         try:
             check_denoiser(at_its_own, schedule, shape, device=device)
         except UsageError as error:
-            raise UsageError(f"{error}; check=False leaves this test out") from None
+            raise UsageError(
+                f"{error}; check=False (--no-check of s4s learn) leaves this test out"
+            ) from None
     params = _params(schedule, shape, vae, bool(prompt))
     setup = Setup(
         type(pipeline).__name__ if hasattr(pipeline, "components") else type(network).__name__,
@@ -297,15 +299,19 @@ def alphas_cumprod(scheduler: Any) -> Tensor:
     scheduler that has no such levels.
     """
     if type(scheduler).__name__ == "S4SScheduler" and "beta_schedule" in scheduler.config:
-        config = scheduler.config.items()
-        own = {k: v for k, v in config if k != "solvers" and not k.startswith("_")}
-        scheduler = _diffusers().DDPMScheduler.from_config(own)
+        scheduler = _diffusers().DDPMScheduler.from_config(own_settings(scheduler))
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UsageError(
             f"{type(scheduler).__name__} has no alphas_cumprod and is no flow-matching scheduler: "
             "give the scheduler that the network was trained with, such as DDPMScheduler"
         )
     return scheduler.alphas_cumprod.double().cpu()
+
+
+def own_settings(scheduler: Any) -> dict[str, Any]:
+    """Return the settings of a scheduler, or of the one whose place an S4SScheduler has taken."""
+    items = scheduler.config.items()
+    return {k: v for k, v in items if k != "solvers" and not k.startswith("_")}
 
 
 def _levels(levels: Tensor, config: Any, N: int) -> NoiseSchedule:
