@@ -84,7 +84,7 @@ def folders(tmp_path_factory, inception_file, vgg_home):
         np.savez(home / f"{reference}.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     write_latent_models(home)
     params = tmp_path_factory.mktemp("params")
-    for path in params_module.PARAMS.glob("*.yaml"):
+    for path in params_module.PARAMS.iterdir():
         (params / path.name).write_text(
             re.sub("sha256: [0-9a-f]{64}", 'sha256: ""', path.read_text())
         )
