@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from running import run_notebook
-from test_notebooks import LEAST, LONG
+from test_notebooks import LONG
 
 import s4s_core as s4s
 from s4s_core.models.networks import cifar10_data, held_out_split, load_network, read_metadata
@@ -134,10 +134,14 @@ def test_the_flow_draws_the_same_pictures(setup):
     assert (one - other).square().mean().sqrt() < 0.05 * one.square().mean().sqrt()
 
 
+LEAST_HERE = {"epochs": 1, "rounds": 1, "fid_samples": 20, "teacher_nfe": 5, "guidance": 1.0}
+LEAST_HERE |= {"n_train": 8, "n_train_alt": 8, "n_valid": 4, "n_valid_alt": 4, "batch_size": 4}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("learn", ["coefficients", "jointly"])
 def test_an_experiment_runs_on_the_flow(learn):
-    settings = LEAST | {"guidance": 1.0, "fid_samples": 20, "newton_batch_size": 20}
+    settings = LEAST_HERE | {"newton_batch_size": 4}
     given = s4s.Experiment("cifar10_flow", nfe=3, order=2, learn=learn, settings=settings)
     result = s4s.run(given)
     losses = [record["valid_loss"] for record in result.history]
@@ -166,8 +170,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
 
 
-LEAST_HERE = {"epochs": 1, "rounds": 1, "fid_samples": 20, "teacher_nfe": 5, "guidance": 1.0}
-LEAST_HERE |= {"n_train": 8, "n_train_alt": 8, "n_valid": 4, "n_valid_alt": 4, "batch_size": 4}
 ON_PICTURES = {"dataset": "cifar10_tiny", "settings": {"cifar10_tiny": LEAST_HERE}}
 ON_PICTURES |= {"nfes": [3], "seeds": [0]}
 
@@ -196,11 +198,11 @@ def test_an_ablation_of_the_papers_learning_learns_its_way(here):
 @pytest.mark.slow
 def test_the_appendix_trains_its_networks_from_a_folder(here, tmp_path):
     for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
-        records = np.random.default_rng(0).integers(256, size=(60, RECORD), dtype=np.uint8)
-        records[:, 0] = np.arange(60) % 10
+        records = np.random.default_rng(0).integers(256, size=(30, RECORD), dtype=np.uint8)
+        records[:, 0] = np.arange(30) % 10
         (tmp_path / name).write_bytes(records.tobytes())
     parameters = dict(dataset="cifar10_tiny", data=str(tmp_path), steps=2, judge_steps=2)
-    parameters |= dict(samples=150, save_as="mine", unet={"widths": [8, 16, 24]})
+    parameters |= dict(samples=60, save_as="mine", unet={"widths": [8, 16, 24]})
     run_notebook("appendix_train_denoiser", **parameters)
     names = ("denoiser", "classifier", "perceptual")
     config = [load_network(tmp_path / f"mine_{name}.safetensors").config for name in names]
