@@ -6,8 +6,11 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import torch
+
 from .deploy.learn_pipeline import estimate, learn_missing, prepare
 from .errors import UsageError, shown
+from .evaluate import interval
 from .experiments.cost import by_dataset, cost, hours, planned, told
 from .experiments.experiment import DPM_SOLVER_V3, GRID_NAMES, LEARN, Experiment
 from .experiments.run import run
@@ -103,8 +106,12 @@ def _run(preset: str, out: str | None, **given) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     result = run(experiment)
     result.solver.save(path)
-    seeds = f"{result.n_samples} samples, seeds 0-{result.n_samples - 1}"
-    print(f"Fréchet distance ({result.features}; {seeds})  {result.frechet:.4f}")
+    seeds, n_sets, text = f"{result.n_samples} samples, seeds 0-", experiment.params.fid_blocks, ""
+    if n_sets > 1:
+        low, high = interval(torch.tensor([result.blocks["frechet"]]))
+        seeds, text = f"{n_sets} sets of {seeds}", f" (95 % interval {low:.4f} to {high:.4f})"
+    seeds += str(n_sets * result.n_samples - 1)
+    print(f"Fréchet distance ({result.features}; {seeds})  {result.frechet:.4f}{text}")
     print(f"the same to as many other samples of the teacher  {result.frechet_to_teacher:.4f}")
     print(f"distance to the teacher (root mean square)  {result.distance_to_teacher:.4f}")
     cost = f"{result.evaluations} samples seen by the network, {result.backward} differentiated"

@@ -69,6 +69,9 @@ def test_what_several_runs_need_is_counted_once():
     assert cost([one, one]) == cost([one])
     two = [one, s4s.Experiment("mixture", nfe=5, settings=SMALL)]
     assert cost(two)["forward"] == 30 * (4 + 5) + teacher
+    sets = s4s.Experiment("mixture", nfe=4, settings=SMALL | {"fid_blocks": 3})
+    assert cost([sets])["forward"] == 3 * 30 * 4 + (3 + 1) * 30 * 6
+    assert cost([sets])["images"] == (3 + 1) * 30
     ld3 = s4s.sweep(SMALL, dataset="mixture", grid="ld3", nfe=4, learn=["none", "coefficients"])
     assert cost(ld3)["runs"] == 2 and cost(ld3)["learned"] == 2  # the grid, and the coefficients
 

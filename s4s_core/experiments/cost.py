@@ -119,14 +119,15 @@ def cost(experiments: Iterable[Experiment]) -> Counter[str]:
     passing = []
     for e in experiments:
         p, path = e.params, _key(e)
+        judged = p.fid_samples * p.fid_blocks
         entries = 8 * (INCEPTION * (INCEPTION + 1)) if p.fid_reference else 0
         parts["run", path] = {
-            "runs": 1, "forward": p.fid_samples * e.nfe, "images": p.fid_samples,
+            "runs": 1, "forward": judged * e.nfe, "images": judged,
         }  # fmt: skip
         teacher = teacher_of(e)
-        parts["teacher", teacher, p.fid_samples] = {
-            "forward": 2 * p.fid_samples * p.teacher_nfe, "images": p.fid_samples,
-            "bytes": 4 * p.fid_samples * math.prod(p.shape) + entries,
+        parts["teacher", teacher, p.fid_samples, judged] = {
+            "forward": (judged + p.fid_samples) * p.teacher_nfe, "images": p.fid_samples,
+            "bytes": 4 * judged * math.prod(p.shape) + entries,
         }  # fmt: skip
         learners = [e, ld3_run(e)] if e.grid == "ld3" else [e]
         learners = [one for one in learners if one.learn != "none"]
@@ -144,7 +145,7 @@ def cost(experiments: Iterable[Experiment]) -> Counter[str]:
                 "forward": sum(pairs) * p.teacher_nfe,
                 "bytes": 16 * sum(pairs) * math.prod(p.shape),
             }
-        passing.append(entries * math.ceil(p.fid_samples / SHARD))
+        passing.append(entries * math.ceil(p.fid_samples / SHARD) * p.fid_blocks)
     total: Counter[str] = Counter()
     for part in parts.values():
         total.update(part)
