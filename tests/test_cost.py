@@ -85,6 +85,18 @@ def test_the_readme_says_what_the_whole_scale_costs():
     assert len(ROWS) == 20 and not any("-" in row[2:] for row in ROWS)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_is_run")
+def test_the_readme_says_what_three_sets_of_samples_cost():
+    sentence = r"cost\s+([\d.]+) and ([\d.]+) million in place of ([\d.]+) and ([\d.]+)"
+    (numbers,) = re.findall(sentence, SCALE)
+    settings = {"cifar10": {"fid_blocks": 3}}
+    given = {"dataset": "cifar10", "seeds": [0], "settings": settings}
+    total = cost(planned(NOTEBOOKS / "tables.ipynb", given)[0])
+    costs = [f"{total[name] / 1e6:.1f}" for name in ("forward", "images")]
+    assert list(numbers) == [*costs, ROWS[0][3], ROWS[0][5]]
+
+
 LEARNERS = ["coefficients", "times", "alternating", "jointly", "bns", "generalised"]
 
 

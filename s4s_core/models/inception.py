@@ -41,6 +41,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 LARGEST_IMAGE = 2**22  # pixels
 IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
+RESIZED = "the largest square in the middle, resized by Lanczos's filter of Pillow"
 FORMATS = ["PNG", "JPEG", "WEBP"]  # as Pillow calls them, which for others starts programs
 
 
@@ -220,9 +221,6 @@ def resized_sums(
     for a file that is no image.
     """
     return _sums(paths, lambda path: _read_image(path, side), features)
-
-
-RESIZED = "the largest square in the middle, resized by Lanczos's filter of Pillow"
 
 
 def _sums(
