@@ -45,7 +45,7 @@ LONG = {
 SHORT = {
     **{path.stem: {} for path in NOTEBOOKS.glob("0?_*.ipynb")},
     "00_tour": {"nfe": 4, "samples": 300, "pairs": 100},
-    "appendix_theory": {},
+    "appendix_theory": {"drawn": 1000, "sizes": [125, 250]},
     "appendix_train_denoiser": {},
     "bring_your_own_model": {"epochs": 2},
     "use_it_anywhere": {"nfes": [3, 4], "pairs": 60},
