@@ -85,6 +85,12 @@ def committed_numbers() -> set[str]:
     return found
 
 
+def test_every_number_of_the_teachers_guide_stands_in_a_committed_output():
+    wanted = set(re.findall(r"\d+\.\d+", (ROOT / "notebooks" / "TEACHING.md").read_text("utf-8")))
+    assert len(wanted) > 20
+    assert wanted - {"0.01"} <= committed_numbers()  # 0.01 is a setting
+
+
 def test_every_number_of_the_results_stands_in_a_committed_output():
     results = README.partition("## What to expect")[2].partition("## Licence")[0]
     text = re.sub(r"\]\([^)]*\)", "", results)
