@@ -73,6 +73,7 @@ class LearningDivergedError(ArithmeticError):
 _OBJECTIVE = {"distance", "lpips_net", "lpips_resize", "gamma", "accept_if_better", "lr_x"}
 _OBJECTIVE |= {"grad_clip", "time_dependent", "consistent", "rematerialize", "sample_batch_size"}
 _TIMES = _OBJECTIVE | {"batch_size_alt", "lr_xi", "lr_xi_c", "grid_variable", "offset_fraction"}
+_TIMES |= {"m_counts"}
 _BOTH = _TIMES | {"lr_phi", "rounds", "phase_epochs"}
 
 
@@ -102,11 +103,12 @@ def learn_times(
     """Learn the time steps Xi alone: LD3 (Tong et al. 2024); see learn_coefficients.
 
     The coefficients are those of `scheme` on the grid as it moves, by default the solver's own
-    numbers, which stay.
+    numbers, which stay. With `patience` the rates follow the authors' rule: see _Patience.
     """
-    params = setup.params.override_for("learn_times", _TIMES | {"epochs"}, settings)
-    phases = [("xi", params.epochs)]
-    yield from _learn(solver, setup, teacher, _larger_batches(params), phases, seed, scheme)
+    params = setup.params.override_for("learn_times", _TIMES | {"epochs", "patience"}, settings)
+    phases, patience = [("xi", params.epochs)], params.patience
+    params = _larger_batches(params)
+    yield from _learn(solver, setup, teacher, params, phases, seed, scheme, patience)
 
 
 def learn_alternating(
@@ -158,52 +160,58 @@ def _learn(
     phases: list[tuple[str, int]],
     seed: int,
     scheme: Scheme | None = None,
+    patience: int = 0,
 ) -> Iterator[Epoch]:
     """The one loop: `phases` lists which blocks step, and for how many passes."""
     check_fit(solver, setup, teacher, seed)
     _check_gradient(solver, setup, teacher)
     solver = solver.learned_for(setup.model)
-    student = _Student(solver, params, any("phi" in phase for phase, _ in phases), scheme)
+    learned = {block for phase, _ in phases for block in _BLOCKS[phase]}
+    student = _Student(solver, params, "phi" in learned, scheme)
     losses = _Losses(student, setup, teacher, params)
-    noise = _RelaxedNoise(student, setup, losses, params)
+    noise = _RelaxedNoise(student, setup, losses, params, learned)
     optimisers = _optimisers(student, params)
     generator = torch.Generator().manual_seed(seed)
     train, valid = torch.arange(len(teacher.x_T)).tensor_split([teacher.n_train])
 
-    best_loss = losses.of(valid)
-    best, best_state = student.solver(), student.snapshot()
-    if not math.isfinite(best_loss):
-        raise LearningDivergedError(_diverged("start"), best)
-    yield Epoch(0, "start", losses.of(train), best_loss, 0.0, best, best, noise.x)
+    best = _Best(student, losses, valid)
+    if not math.isfinite(best.loss):
+        raise LearningDivergedError(_diverged("start"), best.solver)
+    start = best.solver
+    yield Epoch(0, "start", losses.of(train), best.loss, 0.0, start, start, noise.x)
 
     index, steps = 0, math.ceil(len(train) / params.batch_size)
     with progress(total=steps * sum(epochs for _, epochs in phases), desc="learning") as bar:
         for number, (phase, epochs) in enumerate(phases):
             active = {block: optimisers[block] for block in _BLOCKS[phase]}
-            student.begin(list(active), best_state)
+            student.begin(list(active), best.state)
             # Later rounds start at a smaller peak; each phase falls to 1 % of its peak.
             peak = params.peak_decay ** (number // 2)
+            rule = _Patience(patience, student, best, list(active)) if patience else None
             for epoch in range(epochs):
                 index, found = index + 1, []
                 order = torch.randperm(len(train), generator=generator).split(params.batch_size)
                 try:
                     for i, batch in enumerate(order):
-                        _set_rates(active, peak, done=(epoch + i / steps) / epochs)
+                        done = (epoch + i / steps) / epochs
+                        _set_rates(active, peak, rule.rates if rule else _cosine(done))
                         loss = losses.backward(noise.start(batch), batch)
                         if not _step(student, active, params.grad_clip, loss):
-                            raise LearningDivergedError(_diverged(phase), best)
+                            raise LearningDivergedError(_diverged(phase), best.solver)
                         found.append((loss, noise.move(batch, loss)))
                         bar.update()
-                    now, valid_loss = student.solver(), losses.of(valid)
+                        if rule and rule.ends():
+                            break
+                    now, valid_loss = student.solver(), best.look()
                 except UsageError:  # e.g. two times that met
-                    raise LearningDivergedError(_diverged(phase), best) from None
+                    raise LearningDivergedError(_diverged(phase), best.solver) from None
                 if not math.isfinite(valid_loss):
-                    raise LearningDivergedError(_diverged(phase), best)
-                if valid_loss < best_loss:
-                    best_loss, best, best_state = valid_loss, now, student.snapshot()
+                    raise LearningDivergedError(_diverged(phase), best.solver)
                 train_loss, moved = (torch.cat(v).mean().item() for v in zip(*found, strict=True))
                 bar.set_postfix(valid=f"{valid_loss:.3g}")
-                yield Epoch(index, phase, train_loss, valid_loss, moved, now, best, noise.x)
+                yield Epoch(index, phase, train_loss, valid_loss, moved, now, best.solver, noise.x)
+                if rule and rule.ended:
+                    return
 
 
 def check_fit(solver: Solver, setup: Setup, teacher: TeacherSet, seed: int) -> None:
@@ -266,13 +274,17 @@ def _optimisers(student: "_Student", params: Params) -> dict[str, torch.optim.Op
     return optimisers
 
 
-def _set_rates(active: dict[str, torch.optim.Optimizer], peak: float, done: float) -> None:
-    """Clear the gradients, and put the rates on a cosine from `peak` to 1 % of it."""
-    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+def _cosine(done: float) -> float:
+    """What is left of the rates after this share of a phase: 1 at first, 1 % in the end."""
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _set_rates(active: dict[str, torch.optim.Optimizer], peak: float, share: float) -> None:
+    """Clear the gradients, and put the rates on this share of their peak."""
     for optimiser in active.values():
         optimiser.zero_grad()
         for group in optimiser.param_groups:
-            group["lr"] = group["initial_lr"] * peak * cosine
+            group["lr"] = group["initial_lr"] * peak * share
 
 
 def _step(
@@ -296,9 +308,19 @@ class _RelaxedNoise:
     x  (n_train, *shape); at r = 0 (Eq. 6) it stays x_T
     """
 
-    def __init__(self, student: "_Student", setup: Setup, losses: "_Losses", params: Params):
+    def __init__(
+        self,
+        student: "_Student",
+        setup: Setup,
+        losses: "_Losses",
+        params: Params,
+        learned: set[str],
+    ):
         m = count_parameters(student.start.coefficients, params.time_dependent)
         m -= len(student.delta["b"]) if params.consistent else 0
+        if params.m_counts == "learned":  # both ends of either list of times stay
+            times = 2 * (student.start.nfe - 1) if "xi" in learned else 0
+            m = max(1, times + (m if "phi" in learned else 0))
         sigma_T = setup.schedule.sigma(setup.schedule.T).item()
         self.r = radius(params.gamma, math.prod(setup.shape), m) * sigma_T
         # A rate for x'_T in unit noise is sigma_T^2 times as much in the units of x.
@@ -331,6 +353,49 @@ class _RelaxedNoise:
             moved = torch.where(better.view(-1, *[1] * (moved.ndim - 1)), moved, start)
         self.x[batch] = moved
         return (moved != start).flatten(1).any(1).double().cpu()
+
+
+class _Best:
+    """The best student so far, by the mean distance of the validation pairs at x'_T = x_T."""
+
+    def __init__(self, student: "_Student", losses: "_Losses", valid: Tensor):
+        self.student, self.losses, self.valid = student, losses, valid
+        self.loss, self.solver, self.state = losses.of(valid), student.solver(), student.snapshot()
+
+    def look(self) -> float:
+        """Return the distance of the student as it stands, and keep it if that is the smallest."""
+        loss = self.losses.of(self.valid)
+        if loss < self.loss:
+            self.loss, self.solver = loss, self.student.solver()
+            self.state = self.student.snapshot()
+        return loss
+
+
+class _Patience:
+    """The rule by which Tong et al. (2024) slow down and stop, in place of a cosine.
+
+    The validation pairs are looked at after every step. After `limit` looks in a row at nothing
+    better the student returns to the best, and the rates fall to 0.8 of themselves, at last to 1 %
+    of the first; the fifth time that patience ends there, so does learning. (The authors let the
+    rate of the network's times fall to 1e-6 instead, and move the validation pairs' x'_T, too.)
+    """
+
+    def __init__(self, limit: int, student: "_Student", best: _Best, active: list[str]):
+        self.limit, self.student, self.best, self.active = limit, student, best, active
+        self.rates, self.ended = 1.0, False  # what is left of the rates
+        self._in_vain = self._at_least = 0
+
+    def ends(self) -> bool:
+        """Look at the student after a step; return whether that was the last."""
+        before = self.best.loss
+        self.best.look()
+        self._in_vain = 0 if self.best.loss < before else self._in_vain + 1
+        if self._in_vain == self.limit:
+            self.student.begin(self.active, self.best.state)
+            self._at_least += self.rates == 0.01
+            self._in_vain, self.rates = 0, max(0.01, 0.8 * self.rates)
+        self.ended = self._at_least == 5
+        return self.ended
 
 
 class _Losses:

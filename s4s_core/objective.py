@@ -151,8 +151,9 @@ def decoded_distance(distance: Distance, decode: Callable[[Tensor], Tensor]) -> 
 def radius(gamma: float, d: int, m: int) -> float:
     """Return r = gamma d m^(-5/2) in units of sigma_T (App. G.2).
 
-    d is the number of entries of x_T, m that of coefficients. The paper gives the exponent;
-    gamma = 0.0242 makes r equal that of Tong et al. (2024) at k = 3, N = 6.
+    d is the number of entries of x_T, m that of coefficients (of all that is learned, in G.2's
+    words: the setting m_counts). The paper gives the exponent; gamma = 0.0242 makes r equal that
+    of Tong et al. (2024) at k = 3, N = 6.
     """
     return gamma * d * m**-2.5
 

@@ -51,6 +51,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 LEARNERS = ("first_order", "gauss_newton")
 JACOBIANS = ("differences", "jvp", "auto")
 DISTANCES = ("l2", "psnr", "lpips", "features")
+COUNTED = ("coefficients", "learned")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Params:
     url: str = setting("", "address of the checkpoint", of_the_model=True)
     sha256: str = setting("", "of the checkpoint; empty where none is published", of_the_model=True)
     files: tuple[str, ...] = setting((), "addresses or paths of further files", of_the_model=True)
+    averaged_weights: bool = setting(True, "those averaged over training (EMA)", of_the_model=True)
     guidance: float = setting(1.0, "scale of classifier-free guidance", above=0, of_the_model=True)
     precision: str = setting("float32", "of the network", choices=PRECISIONS, of_the_model=True)
     # The teacher
@@ -88,11 +90,13 @@ class Params:
     rounds: int = setting(8, "K of Alg. 2", above=0)
     phase_epochs: int = setting(2, "passes over the pairs in a phase of Alg. 2", above=0)
     first_phase: str = setting("phi", "block that Alg. 2 begins with", choices=("phi", "xi"))
+    patience: int = setting(0, "steps without a gain until LD3 slows down; 0: cosine", at_least=0)
     # Objective
     distance: str = setting("lpips", "d of Eq. 6", choices=DISTANCES)
     lpips_net: str = setting("vgg", "trunk of LPIPS", choices=SMALLEST_SIDE)
     lpips_resize: int = setting(0, "pixels a side to enlarge to for LPIPS; 0: none", at_least=0)
     gamma: float = setting(0.0242, "r = gamma d m^(-5/2), in units of sigma_T", at_least=0)
+    m_counts: str = setting("coefficients", "what m is the number of", choices=COUNTED)
     accept_if_better: bool = setting(True, "keep a new x'_T only if its loss fell")
     # The learner of experiments, and Gauss-Newton
     learner: str = setting("first_order", "by what experiments learn", choices=LEARNERS)
@@ -113,6 +117,8 @@ class Params:
     states: int = setting(0, "earlier states that a step may weigh; 0 is Eq. 5", at_least=0)
     grid_variable: str = setting("lam", "what App. E rescales", choices=VARIABLES)
     offset_fraction: float = setting(0.5, "alpha of E.2, a share of the gap", at_least=0, at_most=1)
+    gits_coefficient: float = setting(1.15, "above 1 GITS wants small costs late", above=0)
+    statistics_points: int = setting(60, "values of lam that dpm_solver_v3 measures", at_least=4)
     ld3_order: int = setting(3, "order of the solver that an ld3 grid is learned for", above=0)
     ld3_start: str = setting("logsnr", "grid that an ld3 grid starts from", choices=GRIDS)
     rematerialize: bool = setting(False, "compute activations again in the backward pass")

@@ -111,6 +111,13 @@ def test_what_learning_costs_is_what_the_network_sees(learn, gamma, tmp_path, mo
     assert abs(result.backward - expected["backward"]) <= 3 * 32
 
 
+def test_looks_after_every_step_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("S4S_RESULTS", str(tmp_path))
+    e = s4s.Experiment("mixture", nfe=4, learn="times", settings=SMALL | {"patience": 100})
+    looks = s4s.run(e).evaluations - counting._learning(e)["forward"]
+    assert 0 <= looks <= 3 * 32
+
+
 def test_what_several_runs_need_is_counted_once():
     one = s4s.Experiment("mixture", nfe=4, settings=SMALL)
     teacher = 2 * 30 * 6

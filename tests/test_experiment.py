@@ -110,6 +110,11 @@ def test_a_setting_of_none_leaves_the_one_in_the_file():
         ({"settings": {"lr_xi": float("nan")}}, ["lr_xi", "finite"]),
         ({"settings": {"distance": "ssim"}}, ["distance", "'ssim'", "l2", "lpips"]),
         ({"settings": {"rematerialize": 1}}, ["rematerialize", "bool"]),
+        ({"settings": {"patience": -1}}, ["patience", "at least 0", "-1"]),
+        ({"settings": {"m_counts": "times"}}, ["m_counts", "'times'", "coefficients, learned"]),
+        ({"settings": {"statistics_points": 3}}, ["statistics_points", "at least 4", "3"]),
+        ({"settings": {"gits_coefficient": 0.0}}, ["gits_coefficient", "above 0"]),
+        ({"settings": {"averaged_weights": False}}, ["mixture", "averaged", "lsun_bedroom"]),
         ({"settings": {"epochs": 10**30}}, ["epochs", "2^63"]),
         ({"settings": {"epochs": 10**5000}}, ["epochs", "2^63"]),
         ({"settings": {"lr_phi": 10**400}}, ["lr_phi", "finite"]),
@@ -545,6 +550,16 @@ def test_searched_grids_are_those_of_the_model():
     x_T = s4s.initial_noise(setup, seeds)
     expected = s4s.gits(setup.denoiser, x_T, setup.schedule, 4)
     assert torch.equal(initial_solver(tiny(grid="gits")).grid.t, expected.t)
+    other = s4s.gits(setup.denoiser, x_T, setup.schedule, 4, coefficient=3.0)
+    found = initial_solver(tiny(grid="gits", settings={"gits_coefficient": 3.0})).grid.t
+    assert torch.equal(found, other.t) and not torch.equal(found, expected.t)
+
+
+def test_the_statistics_of_dpm_solver_v3_have_the_sizes_that_are_set():
+    few = {"n_train": 5, "n_valid": 1, "teacher_nfe": 6}
+    setups = [s4s.load("mixture", **few, statistics_points=n) for n in (4, 6)]
+    assert [len(run_module._statistics(setup, 0)[0].lam) for setup in setups] == [4, 6]
+    assert s4s.load_params("mixture").statistics_points == 60
 
 
 @pytest.mark.parametrize(("name", "weighting"), [("LDM", "latent"), ("VPLinear", "pixel")])

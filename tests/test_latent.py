@@ -636,6 +636,12 @@ def used(vae: Layout) -> dict:
     return {k: v for k, v in vae.items() if not k.startswith(("encoder.", "quant_conv", "loss"))}
 
 
+def test_raw_weights_are_taken_where_they_are_asked_for(lsun, monkeypatch):
+    *files, _, _ = lsun
+    _, net, _ = network_of(load_lsun, monkeypatch, *files, "cpu", True)
+    assert all((weight == 100).all() for weight in net.parameters())  # as with_average has them
+
+
 def test_raw_weights_are_never_taken_for_the_average(lsun, imagenet, one_sentence, monkeypatch):
     path, vq, unet, _ = lsun
     weights = with_average(unet)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import s4s_core as s4s
+import s4s_core.learn as learn_module
 from s4s_core import (
     EDM,
     Coefficients,
@@ -380,6 +381,18 @@ def test_relaxed_starts_stay_in_their_ball(problem, learn, accept):
     assert all(0 <= e.accepted <= 1 for e in epochs) and epochs[1].accepted > 0
 
 
+@pytest.mark.parametrize(
+    ("learn", "m"),
+    [(learn_coefficients, 9), (learn_times, 6), (learn_alternating, 15), (learn_jointly, 15)],
+)
+def test_the_radius_may_count_all_that_is_learned(problem, learn, m):
+    """App. G.2's m at N = 4, k = 3: 9 coefficients, 3 inner times, and 3 of the network's."""
+    solver, setup, teacher = problem(m_counts="learned", accept_if_better=False, lr_x=1e4)
+    *_, last = learn(solver, setup, teacher)
+    away = (last.x_T_relaxed - teacher.train[0]).norm(dim=1).max().item()
+    assert away == pytest.approx(radius(setup.params.gamma, 2, m) * setup.schedule.T, rel=1e-6)
+
+
 def test_relaxed_starts_are_kept_from_epoch_to_epoch_and_phase_to_phase(problem):
     solver, setup, teacher = problem(lr_x=0.01, gamma=10.0, rounds=2)
     setup = recorded(setup)
@@ -484,6 +497,35 @@ def test_rates_fall_as_a_cosine_in_each_phase_and_from_round_to_round(problem, s
     for name, peak in (("Adam", 0.01), ("RMSprop", 0.005), ("SGD", 0.1 / 4)):
         rates = [rate for who, rate, _ in steps if who == name]
         assert rates == pytest.approx([peak * x for x in expected], rel=1e-12)
+
+
+def test_patience_that_ends_slows_down_and_stops(problem, steps, monkeypatch):
+    """Where no step helps: two steps at each rate until 1 % is left, and five times two there."""
+    solver, setup, teacher = problem(lr_xi=0.005, patience=2, epochs=30)
+    monkeypatch.setattr(learn_module._Best, "look", lambda best: best.loss)
+    *_, last = learn_times(solver, setup, teacher)
+    rates = [rate for who, rate, _ in steps if who == "RMSprop"]
+    shares = [0.8**n for n in range(21)] + 5 * [0.01]
+    assert rates == pytest.approx([0.005 * share for share in shares for _ in range(2)])
+    assert last.index == math.ceil(len(rates) / 3) and last.best == solver
+    start = LearnedGrid.start_at(solver.grid).grid()  # where the last end of patience leads back
+    torch.testing.assert_close(last.solver.grid.t, start.t)
+
+
+def test_with_patience_every_step_may_be_the_best(problem, monkeypatch):
+    solver, setup, teacher = problem(lr_xi=0.05, patience=2, epochs=4)
+    seen, of = [], learn_module._Losses.of
+
+    def look(losses, pairs):
+        if len(pairs) == 16:  # those that validate
+            seen.append(of(losses, pairs))
+        return seen[-1]
+
+    monkeypatch.setattr(learn_module._Losses, "of", look)
+    *_, last = learn_times(solver, setup, teacher)
+    assert len(seen) == 1 + 4 * (3 + 1)  # at first, after each step, after each pass
+    assert loss_of(last.best, setup, teacher.valid) == pytest.approx(min(seen), rel=1e-12)
+    assert min(seen) < seen[0]
 
 
 def test_gradients_are_clipped_block_by_block(problem, steps):
@@ -597,10 +639,11 @@ def test_an_unknown_setting_is_refused_in_one_sentence(problem, one_sentence, le
 
 
 NOT_READ = {
-    learn_coefficients: ["batch_size_alt", "rounds", "lr_xi", "grid_variable", "peak_decay"],
+    learn_coefficients: ["batch_size_alt", "rounds", "lr_xi", "grid_variable", "peak_decay"]
+    + ["m_counts", "patience"],
     learn_times: ["batch_size", "lr_phi", "rounds", "phase_epochs", "first_phase"],
-    learn_alternating: ["epochs", "batch_size"],
-    learn_jointly: ["epochs", "batch_size", "first_phase", "peak_decay"],
+    learn_alternating: ["epochs", "batch_size", "patience"],
+    learn_jointly: ["epochs", "batch_size", "first_phase", "peak_decay", "patience"],
 }
 ELSEWHERE = ["schedule", "shape", "checkpoint", "guidance", "n_train", "states", "fid_samples"]
 
@@ -617,7 +660,7 @@ def test_a_setting_that_is_not_read_is_refused_by_name(problem, one_sentence, le
 
 OTHER_VALUES = {"batch_size": 3, "batch_size_alt": 3, "epochs": 7, "rounds": 5, "phase_epochs": 3}
 OTHER_VALUES |= {"first_phase": "xi", "lr_phi": 0.03, "lr_xi": 0.02, "grid_variable": "t"}
-OTHER_VALUES |= {"peak_decay": 0.1}
+OTHER_VALUES |= {"peak_decay": 0.1, "m_counts": "learned", "patience": 1}
 
 
 @every_algorithm

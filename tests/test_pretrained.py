@@ -189,6 +189,14 @@ def test_a_setting_of_guidance_reaches_the_model(placed):
     assert first.norm() > 0 and (second - first).norm() < 1e-3 * first.norm()
 
 
+def test_weights_before_their_average_are_another_model(placed):
+    t, both = torch.tensor(0.5, dtype=torch.float64), (True, False)
+    setups = [s4s.load("lsun_bedroom", "cpu", averaged_weights=choice) for choice in both]
+    averaged, raw = (setup.denoiser(torch.ones(1, 3, 8, 8).double(), t) for setup in setups)
+    assert not torch.equal(averaged, raw) and setups[0].model != setups[1].model
+    assert "averaged" not in setups[0].weights
+
+
 def test_a_model_of_another_size_in_its_place_is_refused(tmp_path, monkeypatch, one_sentence):
     monkeypatch.setenv("S4S_HOME", str(tmp_path))
     path = tmp_path / "edm-ffhq-64x64-uncond-vp.safetensors"

@@ -142,11 +142,14 @@ def cost(experiments: Iterable[Experiment]) -> Counter[str]:
             parts["learn", _key(one)] = {"learned": 1, "bounded": bounded} | _learning(one)
         sets = [_pairs(one) for one in learners]
         if e.grid == "gits":
-            parts["gits", e.dataset, p.of_the_model(), e.nfe] = {"forward": 256 * 60}
+            parts["gits", e.dataset, p.of_the_model(), e.nfe, p.gits_coefficient] = {
+                "forward": 256 * 60
+            }
         if e.solver == DPM_SOLVER_V3:
             sets.append((p.n_train, p.n_valid))
-            looks = 2 * 60 * p.n_train * FORWARD_MODE
-            parts["statistics", teacher, e.seed, p.n_train] = {"forward": looks}
+            looks = 2 * p.statistics_points * p.n_train * FORWARD_MODE
+            model = (teacher, e.seed, p.n_train, p.statistics_points)
+            parts["statistics", model] = {"forward": looks}
         for pairs in sets:
             parts["pairs", teacher, e.seed, pairs] = {
                 "forward": sum(pairs) * p.teacher_nfe,
@@ -182,6 +185,8 @@ def _learning(e: Experiment) -> dict[str, int]:
     # The answer of the first call needs no derivative where neither x_T nor a time moves.
     still = 0 if relaxed or e.learn != "coefficients" else 1
     looks = n * (1 + (relaxed and p.accept_if_better) + p.rematerialize) + held_out
+    if e.learn == "times" and p.patience:  # a look at the others after every step, too
+        looks += held_out * math.ceil(n / p.batch_size_alt)
     return {
         "forward": e.nfe * (n + held_out + passes * looks),
         "backward": (e.nfe - still) * passes * n,

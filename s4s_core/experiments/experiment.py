@@ -50,7 +50,8 @@ def _gits(setup: Setup, nfe: int) -> TimeGrid:
     size = setup.params.sample_batch_size
     parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
     batches = [(setup.denoiser_for(part), initial_noise(setup, part)) for part in parts]
-    return gits_over(batches, setup.schedule, nfe)
+    coefficient = setup.params.gits_coefficient
+    return gits_over(batches, setup.schedule, nfe, coefficient=coefficient)
 
 
 # Searched once for a model: they depend on neither solver nor seed. "ld3" depends on both.

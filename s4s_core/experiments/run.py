@@ -424,7 +424,8 @@ def _plan(experiment: Experiment) -> Plan:
     if experiment.grid not in GRIDS:
         shared["grid", _representative_for_grid(experiment).path()] = (initial_solver, experiment)
     if experiment.solver == DPM_SOLVER_V3:
-        model = (experiment.dataset, experiment.seed, experiment.params.n_train)
+        p = experiment.params
+        model = (experiment.dataset, experiment.seed, p.n_train, p.statistics_points)
         shared["statistics", model] = (initial_solver, experiment)
     if shared:
         yield shared
@@ -539,7 +540,9 @@ def _time_grid(experiment: Experiment, setup: Setup) -> TimeGrid:
     if name in GRIDS:
         return GRIDS[name](setup.schedule, nfe)
     make = lambda: {"t": SEARCHED[name](setup, nfe).t}  # noqa: E731
-    return TimeGrid(setup.schedule, cached_tensors(setup, name, {"nfe": nfe}, make)["t"])
+    config: dict[str, Any] = {"nfe": nfe}
+    config |= {"coefficient": setup.params.gits_coefficient} if name == "gits" else {}
+    return TimeGrid(setup.schedule, cached_tensors(setup, name, config, make)["t"])
 
 
 def ld3_run(experiment: Experiment) -> Experiment:
@@ -633,10 +636,11 @@ def _statistics(setup: Setup, seed: int) -> tuple[ModelStatistics, float]:
         teacher = cached_teacher_set(setup, seed, alt=False)
         assert teacher.seeds is not None
         seeds, began = teacher.seeds[: teacher.n_train], time.perf_counter()
-        tables = vars(model_statistics(setup, teacher.train[1], seeds=seeds))
+        tables = vars(model_statistics(setup, teacher.train[1], points, seeds=seeds))
         return {**tables, "seconds": torch.tensor(time.perf_counter() - began)}
 
-    config = {"n_train": setup.params.n_train, "seed": seed}
+    points = setup.params.statistics_points
+    config = {"n_train": setup.params.n_train, "points": points, "seed": seed}
     tables = cached_tensors(setup, "model_statistics", config, make)
     seconds = tables.pop("seconds").item()
     return ModelStatistics(**tables), seconds

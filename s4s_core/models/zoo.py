@@ -83,6 +83,11 @@ def params_for(dataset: str, settings: dict[str, Any]) -> Params:
                 f"not {shown(given)}: leave {name} out, or change params/{dataset}.yaml if its "
                 "network is another"
             )
+    if not params.averaged_weights and dataset != "lsun_bedroom":
+        raise UsageError(
+            f"{dataset} has one set of weights: leave averaged_weights at true; only the file of "
+            "lsun_bedroom has them both before and after they are averaged"
+        )
     return params
 
 
@@ -98,7 +103,8 @@ def build(dataset: str, params: Params, device: str | None = None) -> Setup:
     device = choose("device", device or default_device(), there)
     paths = model.files(dataset, params)
     setup = model.build(dataset, paths, params, device)
-    setup = replace(setup, weights=_weights(model, paths))
+    raw = {} if params.averaged_weights else {"averaged": "no"}
+    setup = replace(setup, weights=_weights(model, paths) | raw)
     if params.guidance != 1 and setup.condition is None:
         raise UsageError(
             f"{dataset} has no guidance, for its model knows no classes and no captions: leave "
@@ -401,7 +407,8 @@ def _latent(
     device: str,
 ) -> Setup:
     """A latent diffusion model, which `load_model` builds from its files."""
-    model, schedule = load_model(*paths, device=device), NAMED_SCHEDULES[params.schedule]
+    raw = {} if params.averaged_weights else {"raw": True}  # of load_lsun alone
+    model, schedule = load_model(*paths, device=device, **raw), NAMED_SCHEDULES[params.schedule]
     return _setup(
         name,
         params,

@@ -89,17 +89,23 @@ KL_SCALE = 0.18215  # the latents' standard deviation is 1 / KL_SCALE (Rombach e
 
 
 def load_lsun(
-    path: str | Path, first_stage: str | Path, device: torch.device | str = "cpu"
+    path: str | Path,
+    first_stage: str | Path,
+    device: torch.device | str = "cpu",
+    raw: bool = False,
 ) -> LatentModel:
     """Load the model of LSUN-Bedroom at 256x256, x (B, 3, 64, 64), schedule VPDiscrete.ldm().
 
-    `path` is lsun_bedrooms.zip and `first_stage` is vq-f4.zip, or the model.ckpt in either. Raises
-    UsageError for any other file, and if averages of the U-Net's weights are missing.
+    `path` is lsun_bedrooms.zip and `first_stage` is vq-f4.zip, or the model.ckpt in either. The
+    U-Net has the averages of its weights over training, or with `raw` the weights themselves.
+    Raises UsageError for any other file, and if averages are missing.
     """
     with optional_import(*EXTRA):
         from diffusers import UNet2DModel
     with open_checkpoint(path) as weights:
-        unet = fill_unet(UNet2DModel(**LSUN), averaged(weights, path, required=True), path)
+        last = under("model.diffusion_model.", weights)
+        chosen = last if raw else averaged(weights, path, required=True)
+        unet = fill_unet(UNet2DModel(**LSUN), chosen, path)
     with open_checkpoint(first_stage) as weights:
         decoder = _decoder("VQModel", VQ_F4, weights, first_stage)
     return LatentModel(_network(unet.to(device)), _decode(decoder.to(device)))
