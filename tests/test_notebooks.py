@@ -48,6 +48,7 @@ SHORT = {
     "00_tour": {"nfe": 4, "samples": 300, "pairs": 100},
     "appendix_theory": {"drawn": 1000, "sizes": [125, 250]},
     "appendix_train_denoiser": {},
+    "beyond_black_box": {"pairs": 8, "seeds": [0], "n_eval": 20, "nfe": 2, "order": 2},
     "bring_your_own_model": {"epochs": 2},
     "use_it_anywhere": {"nfes": [3, 4], "pairs": 60},
 }

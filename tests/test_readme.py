@@ -52,11 +52,10 @@ def test_the_example_learns_a_solver_and_samples_with_it(tmp_path, monkeypatch):
     names = {}
     exec(example, names)
     assert names["x_0"].shape == (64, 1, 8, 8)
-    assert names["epoch"].index == names["setup"].params.epochs
     assert names["epoch"].best == s4s.Solver.load("digits_nfe5.json")
     before = names["solver"].sample(names["setup"].denoiser, names["x_T"])
     exact = names["setup"].teacher.sample(names["setup"].denoiser, names["x_T"])
-    assert (names["x_0"] - exact).square().mean() < 0.9 * (before - exact).square().mean()
+    assert (names["x_0"] - exact).square().mean() < 0.25 * (before - exact).square().mean()
 
 
 def committed_numbers() -> set[str]:
