@@ -1,12 +1,15 @@
 """The lessons: one arc with links back and forth, exercises with checks and hidden solutions."""
 
 import ast
+import inspect
 import re
 from itertools import pairwise
 from pathlib import Path
 
 import nbformat
 import pytest
+
+import s4s_core as s4s
 
 # Answers to each exercise, as typed after its solution was run: right in several forms, and wrong
 # ones, copies of what stands above among them, with what the check says of them. test_notebooks
@@ -117,3 +120,14 @@ def test_three_exercises_each_with_a_check_a_hint_and_a_hidden_solution(path):
     solutions = [c for c in notebook.cells if "solution" in c.metadata.get("tags", [])]
     assert len(solutions) == 3
     assert all(cell.metadata.jupyter.source_hidden for cell in solutions)
+
+
+@every_lesson
+def test_the_source_that_a_lesson_shows_is_that_of_the_package(path):
+    """A committed output does not follow the code by itself."""
+    for cell in nbformat.read(path, as_version=4).cells:
+        for call in re.findall(r"show_source\((.*)\)", cell.source):
+            (output,) = cell.outputs
+            sources = [inspect.getsource(eval(name, {"s4s": s4s})) for name in call.split(", ")]
+            shown = "\n\n".join(source.rstrip() for source in sources)
+            assert output.data["text/markdown"] == f"```python\n{shown}\n```", call
