@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,12 @@ def read_yaml(text: str | bytes, source: str | Path) -> Any:
 
 def _read(path: str | Path) -> tuple[dict, dict[str, dict], str]:
     """Return the settings of a file, its presets, and the preset that notebooks take."""
-    entries = read_yaml(read_file(path, LARGEST_FILE), path)
+    return _checked_entries(read_file(path, LARGEST_FILE), path)
+
+
+@lru_cache  # a table of runs asks for the same file hundreds of times, 10 ms each
+def _checked_entries(text: bytes, path: str | Path) -> tuple[dict, dict[str, dict], str]:
+    entries = read_yaml(text, path)
     if not isinstance(entries, dict):
         raise UsageError(f"{path} must be a YAML mapping from keys to values")
     presets, usual = entries.pop("presets", {}), entries.pop("preset", FULL)
