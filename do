@@ -7,6 +7,8 @@
 #   ./do test             everything: check, and every notebook (long ones at a small scale)
 #   ./do lab              open JupyterLab
 #   ./do refresh FILES    run notebooks again, in place, and keep their outputs
+#   ./do site [options]   write site/: all notebooks as pages, and a reference of the package
+#   ./do class            write student/ and solutions/: the lessons for a class and for its teacher
 #   ./do lock             pin the newest packages anew, in requirements.txt and environment.yml
 #
 # PYTHON=/path/to/python3.12 ./do setup chooses another interpreter than python3.
@@ -84,6 +86,8 @@ case $command in
     check) tests -m 'not kernel and not slow' "$@" ;;
     test) tests "$@" ;;
     refresh) setup; $python notebooks/refresh.py "$@" ;;
+    site) setup; $python docs/build.py "$@" ;;
+    class) setup; $python notebooks/classroom.py ;;
     lab) setup; exec $python -m jupyterlab "$@" ;;
     lock) lock ;;
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;

@@ -1,4 +1,4 @@
-"""The command `s4s`, or `python -m s4s_core`: run, count, learn for a pipeline, fetch, list."""
+"""The command `s4s`, or `python -m s4s_core`: run, count, learn for a pipeline, prepare, list."""
 
 import argparse
 import os
@@ -6,13 +6,19 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import torch
+
 from .deploy.learn_pipeline import estimate, learn_missing, prepare
-from .errors import UsageError, shown
+from .errors import UsageError, shown, writing
+from .evaluate import interval
+from .experiments.cache import try_folder
 from .experiments.cost import by_dataset, cost, hours, planned, told
 from .experiments.experiment import DPM_SOLVER_V3, GRID_NAMES, LEARN, Experiment
 from .experiments.run import run
 from .learn import LearningDivergedError
-from .models.zoo import build, fetch_files
+from .models.download import home
+from .models.inception import RESIZED, save_statistics
+from .models.zoo import build, fetch_files, make_reference
 from .params import FULL, PRECISIONS, Params, datasets, load_params, read_yaml, settings_for
 from .published import SOLVERS
 
@@ -32,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="s4s", description="Learn fast solvers of diffusion ODEs."
     )
-    commands = parser.add_subparsers(required=True, metavar="run | cost | learn | fetch | list")
+    commands = parser.add_subparsers(
+        required=True, metavar="run | cost | learn | fetch | reference | list"
+    )
 
     runs = commands.add_parser(
         "run", help="learn a solver, measure it, write it to a JSON file",
@@ -81,6 +89,19 @@ def main(arguments: list[str] | None = None) -> None:
     fetch.add_argument("dataset", help=", ".join(datasets()))
     fetch.set_defaults(command=_fetch)
 
+    makes = commands.add_parser(
+        "reference", help="make the statistics that an FID compares with, from a folder of images",
+        description="Take Inception's features of real images, and keep their mean and covariance. "
+        f"Of each image {RESIZED}, to the size of the dataset's pictures (512 for ms_coco). For "
+        "ms_coco the folder is MS-COCO's val2014, and the images are those of its captions.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    makes.add_argument("folder", help="the images: PNG, JPEG or WebP")
+    makes.add_argument("--dataset", default="ms_coco", help=_HELP["dataset"])
+    makes.add_argument("--out", metavar="FILE", help="a .safetensors file; without, where the "
+                       "dataset looks for it")  # fmt: skip
+    makes.set_defaults(command=_reference)
+
     names = commands.add_parser("list", help="list names that the other commands take")
     names.add_argument("what", choices=_LISTS, help="what to list")
     names.set_defaults(command=_list)
@@ -103,8 +124,12 @@ def _run(preset: str, out: str | None, **given) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     result = run(experiment)
     result.solver.save(path)
-    seeds = f"{result.n_samples} samples, seeds 0-{result.n_samples - 1}"
-    print(f"Fréchet distance ({result.features}; {seeds})  {result.frechet:.4f}")
+    seeds, n_sets, text = f"{result.n_samples} samples, seeds 0-", experiment.params.fid_blocks, ""
+    if n_sets > 1:
+        low, high = interval(torch.tensor([result.blocks["frechet"]]))
+        seeds, text = f"{n_sets} sets of {seeds}", f" (95 % interval {low:.4f} to {high:.4f})"
+    seeds += str(n_sets * result.n_samples - 1)
+    print(f"Fréchet distance ({result.features}; {seeds})  {result.frechet:.4f}{text}")
     print(f"the same to as many other samples of the teacher  {result.frechet_to_teacher:.4f}")
     print(f"distance to the teacher (root mean square)  {result.distance_to_teacher:.4f}")
     cost = f"{result.evaluations} samples seen by the network, {result.backward} differentiated"
@@ -152,6 +177,27 @@ def _setting(text: str) -> tuple[str, object]:
 def _fetch(dataset: str) -> None:
     for path in fetch_files(dataset):
         print(path)
+
+
+def _reference(folder: str, dataset: str, out: str | None) -> None:
+    place = load_params(dataset).fid_reference
+    if not out and (not place or "://" in place):
+        where = place or "in the package"
+        raise UsageError(f"{dataset} has its statistics, {where}: say --out FILE to make others")
+    path = Path(out) if out else home() / place
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            f"--out takes a .safetensors file, which holds how it was made, not {path}"
+        )
+    if path.exists():
+        raise UsageError(f"{path} is there already: remove it, or choose another --out")
+    with writing(path):
+        try_folder(path.parent)  # before the work
+    sums, how = make_reference(dataset, folder)
+    save_statistics(path, sums, **how)
+    print(f"{sums.n} images, {how['features']}")
+    print(f"{how['resizing']}, to {how['pixels']} pixels a side")
+    print(path)
 
 
 def _list(what: str) -> None:

@@ -124,6 +124,7 @@ class Params:
     rematerialize: bool = setting(False, "compute activations again in the backward pass")
     # Evaluation
     fid_samples: int = setting(50_000, "samples, of seeds from 0", above=0)
+    fid_blocks: int = setting(1, "sets of fid_samples samples, for an interval", above=0)
     fid_reference: str = setting("", "statistics of the real data", of_the_model=True)
     fid_offset: float = setting(128.0, "pixels are 127.5 x + this", above=0, of_the_model=True)
     sample_batch_size: int = setting(100, "samples a network call without gradients", above=0)

@@ -24,11 +24,13 @@ def _shell() -> InteractiveShell:
     return InteractiveShell.instance(config=config, user_module=ModuleType("notebook"))
 
 
-def run_notebook(name: str, **parameters) -> SimpleNamespace:
+def run_notebook(name: str, tries: dict | None = None, **parameters) -> SimpleNamespace:
     """Run all cells in the working folder; raise what a cell raises.
 
     Returns `text`, all that was printed or shown as text or Markdown, and `cells`: (cell, text of
     what it printed) for each code cell. An unknown parameter is a KeyError, where papermill warns.
+    `tries` maps the id of an exercise's cell to answers, as source; after its solution the cell is
+    run again with each of them, and `tried` is (id, answer) -> what it printed.
     """
     import matplotlib.pyplot as plt
 
@@ -41,7 +43,7 @@ def run_notebook(name: str, **parameters) -> SimpleNamespace:
     notebook = parameterize_notebook(notebook, parameters)
     shell = _shell()
     shell.reset(new_session=False)
-    shown, cells = [], []
+    shown, cells, tried, asked = [], [], {}, None
     try:
         for cell in notebook.cells:
             if cell.cell_type != "code":
@@ -55,7 +57,15 @@ def run_notebook(name: str, **parameters) -> SimpleNamespace:
                 markdown = getattr(answer, "_repr_markdown_", lambda answer=answer: repr(answer))()
                 shown.append(str(markdown))
             cells.append((cell, captured.stdout))
+            if "answer = None" in cell.source:
+                asked = cell
+            if "solution" in cell.metadata.get("tags", []):
+                for answer in (tries or {}).get(asked.id, []):
+                    source = asked.source.replace("answer = None", f"answer = {answer}")
+                    with capture_output() as captured:
+                        shell.run_cell(source).raise_error()
+                    tried[asked.id, answer] = captured.stdout
     finally:
         plt.close("all")
         shell.reset(new_session=False)
-    return SimpleNamespace(text="\n".join(shown), cells=cells)
+    return SimpleNamespace(text="\n".join(shown), cells=cells, tried=tried)

@@ -23,7 +23,7 @@ from s4s_core import (
     save_statistics,
     to_uint8,
 )
-from s4s_core.models.inception import INCEPTION_SHA256, INCEPTION_URL
+from s4s_core.models.inception import INCEPTION_SHA256, INCEPTION_URL, image_files, resized_sums
 
 
 def sums(x) -> FeatureSums:
@@ -299,6 +299,15 @@ def test_images_of_two_sizes_are_refused_in_one_sentence(tmp_path, one_sentence)
         Image.new("RGB", (side, 8)).save(tmp_path / name)
     with one_sentence("a.png", "b.png", "(3, 8, 8)", "(3, 8, 9)"):
         read_reference(tmp_path, lambda x: x.flatten(1))
+
+
+def test_images_of_any_size_are_resized_a_few_at_a_time(tmp_path):
+    for k in range(130):
+        Image.new("RGB", (9 + k % 5, 7), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    seen = []
+    found = resized_sums(image_files(tmp_path), 4, lambda x: seen.append(x) or x.float()[:, 0, 0])
+    assert [len(x) for x in seen] == [64, 64, 2] and {x.shape[1:] for x in seen} == {(3, 4, 4)}
+    torch.testing.assert_close(found.mean, torch.full((4,), 64.5).double())
 
 
 def test_images_that_cannot_be_read_are_named_in_one_sentence(tmp_path, one_sentence):

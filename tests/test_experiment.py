@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -343,6 +344,46 @@ def test_the_blocks_of_a_result_are_disjoint_parts_of_its_samples():
     squares = torch.tensor(result.blocks["distance_to_teacher"]).square()
     assert squares.mean().sqrt().item() == pytest.approx(result.distance_to_teacher, rel=1e-6)
     assert [len(b) for b in run(tiny("none", {"fid_samples": 7})).blocks.values()] == [3] * 4
+
+
+@pytest.mark.parametrize("workers", [None, 1])
+def test_each_set_of_samples_has_a_distance_of_its_own(workers, monkeypatch):
+    monkeypatch.setattr(run_module, "SHARD", 7)  # divides no set
+    several = tiny("none", {"fid_blocks": 3})
+    rows = s4s.run_all([several], workers=1) if workers else tables._frame([run(several).row()])
+    result, setup = run(several), s4s.load("mixture", **TINY)
+    others = setup.teacher.sample(setup.denoiser, s4s.initial_noise(setup, range(150, 200)))
+    for i, frechet in enumerate(result.blocks["frechet"]):
+        x_T = s4s.initial_noise(setup, range(50 * i, 50 * (i + 1)))
+        x, exact = (psi.sample(setup.denoiser, x_T) for psi in (result.solver, setup.teacher))
+        sums, apart = (s4s.feature_sums(lambda x: x, [x]) for x in (x, others))
+        assert frechet == pytest.approx(s4s.frechet_distance(sums, setup.reference), rel=1e-9)
+        assert result.blocks["frechet_to_teacher"][i] == pytest.approx(
+            s4s.frechet_distance(sums, apart), rel=1e-9
+        )
+        assert result.blocks["distance_to_teacher"][i] == pytest.approx(
+            (x - exact).square().mean().sqrt().item(), rel=1e-6
+        )
+    assert result.frechet == pytest.approx(sum(result.blocks["frechet"]) / 3)
+    assert result.blocks["frechet"][0] == pytest.approx(run(tiny("none")).frechet, rel=1e-9)
+    assert (result.n_samples, rows["n_sets"].item()) == (50, 3)
+    assert tables.describe(rows).endswith("seeds 0 to 149, in 3 sets of 50")
+
+
+def test_the_command_says_how_sure_a_distance_of_several_sets_is(capsys):
+    settings = [f"--set={name}={value}" for name, value in (TINY | {"fid_blocks": 2}).items()]
+    main(["run", "--dataset", "mixture", "--order=2", "--nfe=4", *settings])
+    assert re.search(
+        r"2 sets of 50 samples, seeds 0-99\)  [\d.]+ \(95 % interval -?[\d.]+ to [\d.]+\)",
+        capsys.readouterr().out,
+    )
+
+
+@pytest.mark.parametrize("start", [run, lambda e: s4s.run_all([e], workers=1)])
+def test_sets_that_reach_the_seeds_of_learning_are_refused_before_it(start, one_sentence):
+    with one_sentence("below 1000000", "20 + 1 sets of 50000", "fid_blocks"):
+        start(tiny("coefficients", {"fid_samples": 50_000, "fid_blocks": 20}))
+    assert not list(cache_module.results_folder().rglob("*learned*"))
 
 
 @pytest.mark.parametrize("learner", ["first_order", "gauss_newton"])

@@ -188,18 +188,67 @@ def test_a_step_that_is_not_there_is_refused(setup, one_sentence, step):
         (None, 3, "not yet: set answer"),
         (3, 3, "right\n"),
         (2.97, 3, "right\n"),
-        (2.9, 3, "not yet: that is not it"),
-        ("edm", "edm", "right\n"),
-        ("logsnr", "edm", "not yet: that is not it (look again)"),
-        ([1, 2], [1, 2], "right\n"),
-        (4, lambda n: n % 2 == 0, "right\n"),
-        (5, lambda n: n % 2 == 0, "not yet: that is not it"),
-        ("5", lambda n: n.shape == (2,), "not yet: that is not it (AttributeError: "),
+        (torch.tensor([2.97]), 3, "right\n"),
+        (2.9, 3, "not yet: 2.9 is too small, by 0.1 (look again)"),
+        (float("nan"), 3, "not yet: "),
+        ([3, 3], 3, "not yet: 2 given, 1 wanted (look again)"),
+        ("3", 3, "not yet: this str is not what the comment beside answer asks for (look again)"),
+        (" EDM", "edm", "right\n"),
+        (("edm",), "edm", "right\n"),
+        ("logsnr", "edm", "not yet: 0 of 1 right (look again)"),
+        (["edm", "uniform"], {"uniform", "edm"}, "right\n"),
+        (["edm", "ddim"], {"uniform", "edm"}, "not yet: 1 of 2 right, 1 wrong (look again)"),
+        ([1, 2], {"edm"}, "not yet: this list is not what"),
+        ((1, 2.0), [1, 2], "right\n"),
+        (np.array([1.0, 2]), torch.tensor([1.0, 2.0]), "right\n"),
+        ([torch.tensor(1), 2.5], [1, 2], "not yet: 1 of 2 numbers are right, one is off by 0.5"),
+        ([[1, 2], [3, 4]], [1, 2, 3, 4], "not yet: its shape is (2, 2), wanted (4,)"),
     ],
 )
 def test_answers_are_told_right_from_wrong(capsys, answer, right, said):
     interactive.check_answer(answer, right, "look again")
     assert capsys.readouterr().out.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (0.5, "right\n"),
+        (1.0, "not yet: 1, wanted below 1 (look again)"),
+        (2.0, "not yet: 4, wanted below 1 (look again)"),
+        ("x", "not yet: this str is not what the comment beside answer asks for (look again)"),
+        (-1.0, "not yet: negative, not -1.0 (look again)"),
+    ],
+)
+def test_a_wrong_answer_is_told_how_far_it_is_from_the_goal(capsys, answer, said):
+    def square(x):
+        if x < 0:
+            raise s4s.UsageError(f"negative, not {x}")
+        return x**2
+
+    interactive.check_answer(answer, square, "look again", below=1)
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_a_copy_of_what_is_shown_above_is_no_answer(capsys, setup):
+    shown, other = solver(setup, 4).grid, solver(setup, 5).grid
+    copied = s4s.TimeGrid(setup.schedule, shown.t.clone())
+    for answer in (shown, copied, other):
+        interactive.check_answer(answer, lambda grid: 1 / grid.nfe, below=0.5, known=[shown])
+    refused = "not yet: this one stands above, make one of your own\n"
+    assert capsys.readouterr().out == 2 * refused + "right\n"
+
+
+def test_repairs_are_those_of_the_trajectory_put_back_after_one_step(setup):
+    learned = solver(setup)
+    exact = s4s.exact_path(setup, range(3), learned.grid)[1]
+    found = interactive.repaired_ends(learned, setup.denoiser, exact)
+    assert len(found) == learned.nfe - 1
+    for step, distance in enumerate(found, 1):
+        points = learned.trajectory(setup.denoiser, exact[0])
+        for i in range(learned.nfe + 1):
+            x = points.send(exact[i - 1]) if i == step + 1 else next(points)
+        assert distance == pytest.approx((x - exact[-1]).norm(dim=1).mean().item(), rel=1e-12)
 
 
 def test_source_is_that_of_the_real_function():

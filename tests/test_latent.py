@@ -230,6 +230,15 @@ def write_stable_diffusion(
     return files, unet, vae, text
 
 
+def write_annotations(path, *captions):
+    """MS-COCO's archive of annotations, as far as its captions of training images go."""
+    entries = [{"image_id": 3, "id": n, "caption": text} for n, text in enumerate(captions)]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("annotations/captions_val2014.json", "[]")
+        archive.writestr(latent.TRAINING, json.dumps({"info": {}, "annotations": entries}))
+    return path
+
+
 @pytest.fixture
 def lsun(tmp_path):
     return write_lsun(tmp_path)
@@ -339,6 +348,45 @@ def test_classes_and_captions_are_embedded_as_the_file_says(imagenet, stable_dif
         expected = text(torch.tensor([cat, tac, cat])).last_hidden_state
     torch.testing.assert_close(condition([0, 2, 3]), expected)
     assert torch.equal(condition([1]), condition([1_000_000]))  # three captions
+
+
+def test_learning_has_captions_that_evaluation_has_not(stable_diffusion, tmp_path, one_sentence):
+    """The seeds of every teacher set, and of noises beyond them, from a file that has both."""
+    files, *_ = stable_diffusion
+    files[3].write_text("cat\nact\ntac\n")
+    others = write_annotations(tmp_path / "a.zip", "Cat.", "at", " act \n", "ta", "TAC", "ca")
+    assert latent.read_captions(others) == ["Cat.", "at", "act", "ta", "TAC", "ca"]
+    learning = [1_000_000, 1_000_001, 1_000_002, 5_000_001, 2_000_000_000]
+    condition = load_stable_diffusion(*files, others).condition
+    judged, taught = condition([0, 1, 2, 999_999]), condition(learning)
+    assert not any(torch.equal(a, b) for a in judged for b in taught)
+    alone = load_stable_diffusion(*files).condition  # without that file all are as they were
+    torch.testing.assert_close(judged, alone([0, 1, 2, 0]))
+    files[3].write_text("at\nta\nca\n")
+    torch.testing.assert_close(taught, load_stable_diffusion(*files).condition(learning))
+    files[3].write_text("cat\nact\ntac\n")
+    write_annotations(others, "Tac", "cat.")
+    with one_sentence("a.zip", "captions.txt", "learn from"):
+        load_stable_diffusion(*files, others)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no archive", {"a.json": "[]"}, {latent.TRAINING: "{"}, {latent.TRAINING: "[]"}]
+    + [{latent.TRAINING: '{"annotations": [{"text": "cat"}]}'}, {latent.TRAINING: "[" * 9999}]
+    + [{latent.TRAINING: '{"annotations": []}'}, {latent.TRAINING: '"' + "a" * 9999 + '"'}],
+)
+def test_archives_that_hold_no_captions_are_refused(tmp_path, monkeypatch, one_sentence, content):
+    monkeypatch.setattr(latent, "LARGEST_TEXT", 9999)
+    path = tmp_path / "a.zip"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in content.items():
+                archive.writestr(name, text)
+    with one_sentence("a.zip", "captions"):
+        latent.read_captions(path)
 
 
 def test_captions_come_from_a_table_too(stable_diffusion, tmp_path, one_sentence):

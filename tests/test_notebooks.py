@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from running import NOTEBOOKS, run_notebook
+from test_lessons import RIGHT, WRONG
 
 import s4s_core as s4s
 
@@ -45,8 +46,10 @@ LONG = {
 SHORT = {
     **{path.stem: {} for path in NOTEBOOKS.glob("0?_*.ipynb")},
     "00_tour": {"nfe": 4, "samples": 300, "pairs": 100},
-    "appendix_theory": {},
+    "appendix_departures": {"seeds": [0], "rounds": 2, "pairs": 100, "samples": 200},
+    "appendix_theory": {"drawn": 1000, "sizes": [125, 250]},
     "appendix_train_denoiser": {},
+    "beyond_black_box": {"pairs": 8, "seeds": [0], "n_eval": 20, "nfe": 2, "order": 2},
     "bring_your_own_model": {"epochs": 2},
     "use_it_anywhere": {"nfes": [3, 4], "pairs": 60},
 }
@@ -72,13 +75,20 @@ def test_a_whole_table_runs_at_a_small_scale(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_notebook_runs_and_prints_what_it_says(name):
-    cells = run_notebook(name, **SHORT[name]).cells
-    for cell, printed in cells:
+    asked = [cell for cell in RIGHT if cell[:2] == name[:2]]
+    tries = {cell: RIGHT[cell] + [answer for answer, _ in WRONG[cell]] for cell in asked}
+    ran = run_notebook(name, tries, **SHORT[name])
+    for cell, printed in ran.cells:
         if "check-output" in cell.metadata.get("tags", []):
             committed = "".join(
                 o.get("text", "") for o in cell.outputs if o.get("name") == "stdout"
             )
             assert printed.split() == committed.split(), cell.source
+    for cell in asked:
+        assert [ran.tried[cell, answer] for answer in RIGHT[cell]] == ["right\n"] * len(RIGHT[cell])
+        for answer, said in WRONG[cell]:  # how far off it is, and a hint in brackets
+            assert ran.tried[cell, answer].startswith("not yet: "), answer
+            assert said in ran.tried[cell, answer] and ran.tried[cell, answer].endswith(")\n")
 
 
 def papermill(tmp_path: Path, name: str, folders=(), **parameters):

@@ -9,11 +9,13 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import safetensors
 import torch
 from PIL import Image
 from running import run_notebook
 from test_latent import (
     tiny_configurations,
+    write_annotations,
     write_imagenet,
     write_lsun,
     write_stable_diffusion,
@@ -22,8 +24,11 @@ from test_notebooks import LEAST, LONG, papermill
 
 import s4s_core as s4s
 from s4s_core import params as params_module
+from s4s_core.__main__ import main
+from s4s_core.evaluate import FeatureStatistics
 from s4s_core.experiments import run as run_module
 from s4s_core.models import zoo
+from s4s_core.models.inception import save_statistics
 from s4s_core.models.networks import EDMPrecond, latent, save_network
 
 EDM_FILES = {
@@ -55,13 +60,11 @@ def write_latent_models(home):
     names = ["sd-v1-4.ckpt", "vocab.json", "merges.txt", "MS-COCO_val2014_30k_captions.csv"]
     table = "image_id,text\n1,a dog\n2,cat\n"
     write_stable_diffusion(home, [f"ms_coco_{name}" for name in names], table)
+    write_annotations(home / "ms_coco_annotations_trainval2014.zip", "a dog", "tac", "tac tac")
     for name in ("VIRTUAL_lsun_bedroom256.npz", "VIRTUAL_imagenet256_labeled.npz"):
         np.savez(home / name, mu=np.zeros(2048), sigma=np.eye(2048))
-    folder = home / "ms_coco_val2014_30k"
-    folder.mkdir()
-    for seed in range(3):
-        pixels = np.random.default_rng(seed).integers(256, size=(16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    statistics = FeatureStatistics(torch.zeros(2048), torch.eye(2048))
+    save_statistics(home / "ms_coco_val2014_30k.safetensors", statistics)
 
 
 # Every Python process that papermill starts begins with these lines: the models that fit the
@@ -231,3 +234,117 @@ def test_further_files_are_addresses_or_paths(tmp_path, monkeypatch, one_sentenc
     monkeypatch.setenv("S4S_HOME", str(tmp_path))
     with one_sentence(str(tmp_path / "captions.txt"), "missing", "put it there"):
         zoo._file("captions.txt", "captions.txt")
+
+
+# --- Statistics of real images -------------------------------------------------------------------
+
+
+def coco(folder: Path, number: int, *size: int, mode: str = "RGB") -> Image.Image:
+    """Write an image of that size under the name of one of MS-COCO's validation images."""
+    folder.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(number).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(folder / f"COCO_val2014_{number:012d}.jpg", quality=95)
+    return Image.open(folder / f"COCO_val2014_{number:012d}.jpg").convert("RGB")
+
+
+def test_the_statistics_of_captions_are_those_of_their_images(
+    placed, tmp_path, capsys, inception_file
+):
+    """Wide, tall and grey ones, cropped and resized by hand, by numpy; a third has no caption."""
+    folder, out = tmp_path / "val2014", tmp_path / "made" / "coco.safetensors"
+    wide = coco(folder, 1, 640, 480).crop((80, 0, 560, 480))
+    tall = coco(folder, 2, 300, 500, mode="L").crop((0, 100, 300, 400))
+    coco(folder, 3, 30, 30)
+    main(["reference", str(folder), "--out", str(out)])
+    printed = capsys.readouterr()
+    assert "2 images, Inception of other weights, not FID\nthe largest square" in printed.out
+    assert "to 512 pixels a side" in printed.out and str(out) in printed.out and not printed.err
+    squares = [image.resize((512, 512), Image.Resampling.LANCZOS) for image in (wide, tall)]
+    pixels = torch.from_numpy(np.stack([np.asarray(s) for s in squares])).permute(0, 3, 1, 2)
+    features = s4s.inception_features(inception_file)(pixels).double().numpy()
+    found = s4s.read_reference(out)
+    np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.covariance, np.cov(features.T), rtol=1e-4, atol=1e-9)
+    with safetensors.safe_open(out, "pt") as file:
+        told = file.metadata()
+    assert (told["images"], told["pixels"], told["dataset"]) == ("2", "512", "ms_coco")
+    assert "Lanczos" in told["resizing"] and "not FID" in told["features"]
+    setup = s4s.load("ms_coco", fid_reference=str(out))
+    assert torch.equal(setup.reference.mean, found.mean)
+
+
+@pytest.fixture
+def few_features(placed, monkeypatch):
+    judge = {"features": lambda x: x.float().mean((2, 3)), "features_name": "means"}
+    monkeypatch.setattr(zoo, "_judged_by_inception", lambda *_: judge)
+
+
+@pytest.mark.usefixtures("few_features")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["val2014"], ["ms_coco_val2014_30k.safetensors is there already", "remove it"]),
+        (["val2014", "--out=there.safetensors"], ["there.safetensors is there already"]),
+        (["val2014", "--out=a.npz"], ["--out takes a .safetensors file", "a.npz"]),
+        (["val2014", "--out=there.safetensors/a.safetensors"], ["cannot write", "make room"]),
+        (["nowhere"], ["nowhere lacks 2 of the 2 images", "COCO_val2014_000000000001.jpg"]),
+        (["one"], ["one lacks 1 of the 2 images", "unpack all of val2014.zip"]),
+        (["broken"], ["COCO_val2014_000000000002.jpg is not a readable image"]),
+        (["deep"], ["COCO_val2014_000000000002.jpg is not a readable image", "8 bits"]),
+        (["one", "--dataset=cifar10"], ["one holds one image alone"]),
+        (["nowhere", "--dataset=cifar10"], ["nowhere holds no images"]),
+        (["val2014", "--dataset=digits"], ["digits is not judged by Inception", "ms_coco"]),
+        (["val2014", "--dataset=mine"], ["unknown dataset 'mine'"]),
+    ],
+)
+def test_what_gives_no_statistics_is_refused_in_one_sentence(tmp_path, arguments, words):
+    for number in (1, 2):
+        coco(tmp_path / "val2014", number, 9, 7)
+    coco(tmp_path / "one", 1, 9, 7)
+    for name, image in {"broken": b"no image", "deep": None}.items():
+        coco(tmp_path / name, 1, 9, 7)
+        second = tmp_path / name / "COCO_val2014_000000000002.jpg"
+        second.write_bytes(image or b"")
+        if image is None:
+            Image.new("I;16", (9, 9)).save(second, format="PNG")
+    (tmp_path / "there.safetensors").touch()
+    if len(arguments) == 1 and arguments != ["val2014"] or "--dataset" in arguments[-1]:
+        arguments = [*arguments, "--out=new.safetensors"]
+    with pytest.raises(SystemExit) as error:
+        main(["reference", *arguments])
+    text = str(error.value)
+    assert text.startswith("error: ") and "\n" not in text and all(word in text for word in words)
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+@pytest.mark.usefixtures("few_features")
+def test_a_full_disk_leaves_no_statistics(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    for number in (1, 2):
+        coco(tmp_path / "val2014", number, 9, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SystemExit, match="No space left on device"):
+            main(["reference", "val2014", "--out=new/a.safetensors"])
+    assert not list(tmp_path.glob("new/*"))
+
+
+def test_captions_without_the_numbers_of_images_are_refused(tmp_path, one_sentence):
+    path = tmp_path / "captions.csv"
+    for text in ("text\ncat\n", "image_id,text\n", "image_id,text\nx,cat\n", "image_id\n-1\n"):
+        path.write_text(text)
+        with one_sentence("captions.csv", "image_id"):
+            latent.read_image_numbers(path)
+    path.write_text("image_id,text\n42,cat\n7,dog\n42,a cat\n")
+    assert latent.read_image_numbers(path) == [42, 7]
+
+
+def test_without_its_statistics_the_command_that_makes_them_is_named(
+    tmp_path, monkeypatch, one_sentence
+):
+    monkeypatch.setenv("S4S_HOME", str(tmp_path))
+    with one_sentence("ms_coco_val2014_30k.safetensors is missing", "s4s reference"):
+        zoo.reference("ms_coco", s4s.load_params("ms_coco"))

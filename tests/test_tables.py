@@ -44,6 +44,17 @@ def test_a_table_shows_mean_and_half_range_and_dashes_where_nothing_ran():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_where_there_are_several_sets_their_interval_takes_the_place_of_the_range():
+    (row,) = runs("a", 4, 2.0, spread=0.0, n_sets=3)
+    reach = 4.302653 / 3**0.5  # Student's t of two degrees of freedom; the sets differ by 1
+    expected = f"| a | 2.00 ({2 - reach:.2f} to {2 + reach:.2f}) |"
+    assert expected in tables.pivot([row], ("method",))
+    beside = [row, *runs("b", 4, 5.0, 7.0)]  # as the paper's rows beside ours
+    assert expected in tables.pivot(beside, ("method",))
+    assert "| b | 6.00 ± 1.00 |" in tables.pivot(beside, ("method",))
+    assert "| a | 40.00 |" in tables.pivot([row], ("method",), value="seconds")
+
+
 def test_numbers_of_exploded_samples_are_short():
     rows = runs("a", 4, 6e17, 1e3) + runs("b", 4, 2.0)
     assert "| a | 3.0e+17 ± 3.0e+17 |" in tables.pivot(rows, ("method",))

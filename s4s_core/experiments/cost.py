@@ -28,6 +28,8 @@ LARGEST = 10**8  # bytes of a notebook
 INCEPTION = 2048  # features, whose covariance is most of what a shard stores
 FORWARD_MODE = 3  # plain calls that one call with its derivative is worth
 BACKWARD = 2  # and what differentiating one adds to it
+RUNS = ("run_all", "run")
+LOADS = ("load", "initial_solver")  # they need the files of the model, and tell nothing of the runs
 
 
 def planned(path: str | Path, parameters: Mapping[str, Any]) -> tuple[list[Experiment], int]:
@@ -36,8 +38,9 @@ def planned(path: str | Path, parameters: Mapping[str, Any]) -> tuple[list[Exper
     parameters  replace those of the cell tagged "parameters", by name
 
     Its statements are executed until then, in this process, and what they print is dropped; those
-    that call `run`, and what depends on them, are left out, since nothing is to be run. Raises
-    UsageError for what is no such notebook, an unknown parameter and statements that fail.
+    that call `run` or load a model, and what depends on them, are left out, since nothing is to be
+    run and no file is needed. Raises UsageError for what is no such notebook, an unknown parameter
+    and statements that fail.
     """
     cells = _cells(path)
     names = {
@@ -49,20 +52,22 @@ def planned(path: str | Path, parameters: Mapping[str, Any]) -> tuple[list[Exper
     for name in parameters:
         choose("parameter", name, names)
     found: list[Experiment] | None = None
-    others, space = 0, {"__name__": "__main__"}
+    others, left_out, space = 0, False, {"__name__": "__main__"}
     for tagged, body in cells:
         for statement in body:
-            calls = [n for n in ast.walk(statement) if isinstance(n, ast.Call)]
-            calls = [call for call in calls if _name(call) in ("run_all", "run")]
+            named = [n for n in ast.walk(statement) if isinstance(n, ast.Call)]
+            calls = [call for call in named if _name(call) in RUNS]
             if found is None and calls and _name(calls[0]) == "run_all":
                 given = _execute(path, ast.Expression(calls.pop(0).args[0]), "eval", space)
                 groups = given.values() if isinstance(given, dict) else [given]
                 found = [e for group in groups if isinstance(group, list) for e in group]
-            elif found is None and not calls:
+            elif found is None and (calls or any(_name(call) in LOADS for call in named)):
+                left_out = True
+            elif found is None:
                 try:
                     _execute(path, ast.Module([statement], []), "exec", space)
                 except UsageError as error:
-                    if not (others and error.__cause__):  # it may need what was left out
+                    if not (left_out and error.__cause__):  # it may need that
                         raise
             others += bool(calls)
         if tagged:
@@ -106,7 +111,8 @@ def _execute(path: str | Path, tree: Any, mode: str, space: dict[str, Any]) -> A
 def cost(experiments: Iterable[Experiment]) -> Counter[str]:
     """Return what experiments cost where nothing of them is cached.
 
-    runs               different ones, and "learned": those that learn, LD3's grids among them
+    runs               different ones, and "learned": those that learn, LD3's grids among them;
+                       "bounded": those of these that Gauss-Newton learns
     forward, backward  samples that the network sees, guidance included in one; and those for which
                        it is differentiated
     images             samples of which features are taken
@@ -119,19 +125,21 @@ def cost(experiments: Iterable[Experiment]) -> Counter[str]:
     passing = []
     for e in experiments:
         p, path = e.params, _key(e)
+        judged = p.fid_samples * p.fid_blocks
         entries = 8 * (INCEPTION * (INCEPTION + 1)) if p.fid_reference else 0
         parts["run", path] = {
-            "runs": 1, "forward": p.fid_samples * e.nfe, "images": p.fid_samples,
+            "runs": 1, "forward": judged * e.nfe, "images": judged,
         }  # fmt: skip
         teacher = teacher_of(e)
-        parts["teacher", teacher, p.fid_samples] = {
-            "forward": 2 * p.fid_samples * p.teacher_nfe, "images": p.fid_samples,
-            "bytes": 4 * p.fid_samples * math.prod(p.shape) + entries,
+        parts["teacher", teacher, p.fid_samples, judged] = {
+            "forward": (judged + p.fid_samples) * p.teacher_nfe, "images": p.fid_samples,
+            "bytes": 4 * judged * math.prod(p.shape) + entries,
         }  # fmt: skip
         learners = [e, ld3_run(e)] if e.grid == "ld3" else [e]
         learners = [one for one in learners if one.learn != "none"]
         for one in learners:
-            parts["learn", _key(one)] = {"learned": 1} | _learning(one)
+            bounded = int(bool(one.newton_blocks))
+            parts["learn", _key(one)] = {"learned": 1, "bounded": bounded} | _learning(one)
         sets = [_pairs(one) for one in learners]
         if e.grid == "gits":
             parts["gits", e.dataset, p.of_the_model(), e.nfe, p.gits_coefficient] = {
@@ -147,7 +155,7 @@ def cost(experiments: Iterable[Experiment]) -> Counter[str]:
                 "forward": sum(pairs) * p.teacher_nfe,
                 "bytes": 16 * sum(pairs) * math.prod(p.shape),
             }
-        passing.append(entries * math.ceil(p.fid_samples / SHARD))
+        passing.append(entries * math.ceil(p.fid_samples / SHARD) * p.fid_blocks)
     total: Counter[str] = Counter()
     for part in parts.values():
         total.update(part)
@@ -225,6 +233,8 @@ def seconds_an_image(setup: Setup) -> float:
 def told(total: Mapping[str, int]) -> Iterator[str]:
     """Yield lines that say what `cost` returned."""
     yield f"{total['runs']:15,} runs, for which {total['learned']:,} solvers are learned"
+    if total["bounded"]:
+        yield f"{total['bounded']:15,} of these by Gauss-Newton, whose count is an upper bound"
     yield f"{total['forward']:15,} network evaluations, one a sample and call (guidance included)"
     yield f"{total['backward']:15,} of them differentiated"
     yield f"{total['images']:15,} images of which features are taken"

@@ -36,7 +36,7 @@ from ..params import Params
 from ..published import SOLVERS, Table, count_steps, table_by_name
 from ..setup import Setup
 from ..solver import Coefficients, Solver
-from ..teacher import TeacherSet, make_teacher_set, sample_batches
+from ..teacher import SEEDS_PER_SET, TeacherSet, make_teacher_set, sample_batches
 from .cache import (
     cache_path,
     cached_tensors,
@@ -63,14 +63,16 @@ class Result:
     """What a run gave.
 
     frechet   Fréchet distance of `n_samples` samples, seeds 0 to n_samples - 1, to the real data,
-              with the features that `features` names
+              with the features that `features` names; where params ask for several sets of so many
+              samples (fid_blocks), the mean of their distances, as all numbers are then
     frechet_to_teacher  the same to as many samples of the teacher from other noises; the teacher
               itself has the floor of this number
     thumbnails_to_teacher  that again in small means of pixels, which are no network's features
     distance_to_teacher  root mean square difference per entry between those samples and the
               teacher's from the same noise, both rounded to float32: differences below 1e-7 of an
               entry are lost, and a distance of 1e-3 changes by less than 1e-6 of itself
-    blocks    each of these numbers, by its name, on disjoint blocks of the samples
+    blocks    each of these numbers, by its name, on disjoint blocks of the samples: on each set, or
+              where there is one set, on parts of it, whose distances are of fewer samples
     seconds   of learning, or of measuring the statistics of DPM-Solver-v3 (0.0 without either),
               from the pairs on
     evaluations, backward  samples that the network saw in learning, and was differentiated for
@@ -104,6 +106,8 @@ class Result:
         costs = ("seconds", "evaluations", "backward", "n_samples", "features")
         record = {n: self.config[n] for n in names}
         record |= {n: getattr(self, n) for n in (*self.blocks, *costs)}
+        if (n_sets := self.config["params"]["fid_blocks"]) > 1:
+            record["n_sets"] = n_sets
         return record | {f"{n}_blocks": values for n, values in self.blocks.items()}
 
 
@@ -116,6 +120,7 @@ def run(experiment: Experiment) -> Result:
     path, config = experiment.path(), experiment.config()
     if (result := Result.read(path, config)) is not None:
         return result
+    _sets(experiment.params)  # refused now rather than after learning
     setup, (solver, costs, history) = _setup(experiment), _learned_once(experiment)
     metrics, blocks = _measured(experiment, solver)
     metrics |= {"n_samples": setup.params.fid_samples, "features": setup.features_name}
@@ -162,8 +167,26 @@ def _chunks(seeds: range) -> list[range]:
     return [seeds[i : i + SHARD] for i in range(0, len(seeds), SHARD)]
 
 
+def _sets(params: Params) -> list[range]:
+    """The seeds of each set of samples that is judged, as many as fid_samples says."""
+    n, n_sets = params.fid_samples, params.fid_blocks
+    if (n_sets + 1) * n > SEEDS_PER_SET:  # with the teacher's from other noises
+        raise UsageError(
+            f"evaluation has the seeds below {SEEDS_PER_SET}, too few for {n_sets} + 1 sets of {n} "
+            "samples: lower fid_samples or fid_blocks"
+        )
+    return [range(i * n, (i + 1) * n) for i in range(n_sets)]
+
+
+def _judging(params: Params) -> list[range]:
+    """All of these seeds in chunks, which divide each set alike."""
+    return [chunk for seeds in _sets(params) for chunk in _chunks(seeds)]
+
+
 def _blocks(setup: Setup) -> list[list[range]]:
     """The shards of each block of evaluation noise: they depend on nothing but the setup."""
+    if setup.params.fid_blocks > 1:
+        return [_chunks(seeds) for seeds in _sets(setup.params)]
     n, n_features = setup.params.fid_samples, len(setup.reference.mean)
     # A block has as many samples as features, at least: their covariance is singular otherwise.
     n_blocks = min(BLOCKS, max(1, n // n_features))
@@ -198,9 +221,11 @@ def _measured(
         total, total_square = _merged(total, sums), total_square + square
         entries = sum(map(len, block)) * math.prod(setup.shape)
         found.append(numbers(sums, square / entries))
+    by_name = {name: [block[name] for block in found] for name in found[0]}
+    if setup.params.fid_blocks > 1:
+        return {name: sum(values) / len(values) for name, values in by_name.items()}, by_name
     entries = setup.params.fid_samples * math.prod(setup.shape)
-    whole = numbers(total, total_square / entries)
-    return whole, {name: [block[name] for block in found] for name in whole}
+    return numbers(total, total_square / entries), by_name
 
 
 def _shard(experiment: Experiment, solver: Solver, seeds: range) -> dict[str, Tensor]:
@@ -404,10 +429,10 @@ def _plan(experiment: Experiment) -> Plan:
         shared["statistics", model] = (initial_solver, experiment)
     if shared:
         yield shared
-    path, seeds = experiment.path(), range(experiment.params.fid_samples)
-    teacher = (teacher_of(experiment), len(seeds))
+    path, chunks = experiment.path(), _judging(experiment.params)
+    teacher = (teacher_of(experiment), tuple(_sets(experiment.params)))
     draw: dict[Any, Any] = {
-        ("teacher", teacher, chunk): (_draw_teacher, experiment, chunk) for chunk in _chunks(seeds)
+        ("teacher", teacher, chunk): (_draw_teacher, experiment, chunk) for chunk in chunks
     }
     (solver, blocks), *_ = yield {("learn", path): (_prepared, experiment), **draw}
     shards = [shard for block in blocks for shard in block]
@@ -428,8 +453,9 @@ def _draw(experiment: Experiment, solver: Solver, seeds: range) -> None:
 def _draw_teacher(experiment: Experiment, seeds: range) -> None:
     setup = _setup(experiment)
     _teacher_samples(setup, seeds)
-    whole = _part_config(setup, range(setup.params.fid_samples))
-    if not tensors_path(setup, "teacher_sums", whole).exists():
+    first = _sets(setup.params)[0]
+    whole = tensors_path(setup, "teacher_sums", _part_config(setup, first))
+    if seeds.start in first and not whole.exists():
         _teacher_part(setup, seeds)
 
 
@@ -628,7 +654,7 @@ def _teacher_samples(setup: Setup, seeds: range) -> Tensor:
         return {"x_0": torch.cat([x.float().cpu() for x in batches])}
 
     found = []
-    for chunk in _chunks(range(setup.params.fid_samples)):
+    for chunk in _judging(setup.params):
         if overlap := range(max(chunk.start, seeds.start), min(chunk.stop, seeds.stop)):
             config = {"seeds": [chunk.start, chunk.stop]}
             x_0 = cached_tensors(setup, "teacher_samples", config, partial(make, chunk))["x_0"]
@@ -641,8 +667,7 @@ def _teacher_part(setup: Setup, seeds: range) -> dict[str, FeatureSums]:
 
     def make() -> dict[str, Tensor]:
         sums: dict[str, FeatureSums] = {}
-        n = setup.params.fid_samples
-        others = range(n + seeds.start, n + seeds.stop)
+        others = range(*_part_config(setup, seeds)["seeds"])
         for x in sample_batches(setup.teacher, setup, others, "teacher, other noises"):
             sums = _merged(sums, _sums(setup, x))
         return _packed(sums)
@@ -651,13 +676,13 @@ def _teacher_part(setup: Setup, seeds: range) -> dict[str, FeatureSums]:
 
 
 def _part_config(setup: Setup, seeds: range) -> dict[str, Any]:
-    n = setup.params.fid_samples
-    return {"seeds": [n + seeds.start, n + seeds.stop], "features": setup.features_name}
+    end = _sets(setup.params)[-1].stop
+    return {"seeds": [end + seeds.start, end + seeds.stop], "features": setup.features_name}
 
 
 def _teacher_sums(setup: Setup) -> dict[str, FeatureSums]:
-    """Sums of the teacher's samples from as many seeds above those of the evaluation, cached."""
-    seeds = range(setup.params.fid_samples)
+    """Sums of the teacher's samples, a set of them from seeds above the evaluation's, cached."""
+    seeds = _sets(setup.params)[0]
     read: list[range] = []
 
     def make() -> dict[str, Tensor]:

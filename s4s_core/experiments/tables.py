@@ -35,12 +35,6 @@ def _frame(rows: Rows) -> pd.DataFrame:
     return rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
 
 
-def _by(rows: Rows, keys: Sequence[str], value: str) -> pd.DataFrame:
-    """Mean, min, max and number of `value` by `keys`, in order of first appearance."""
-    groups = _frame(rows).groupby(list(keys), sort=False)[value]
-    return groups.agg(["mean", "min", "max", "count"])
-
-
 def _tuple(key: Any) -> tuple:
     """A group's key, which pandas gives bare where there is one column."""
     return key if isinstance(key, tuple) else (key,)
@@ -65,7 +59,9 @@ def describe(rows: Rows) -> str:
     """Return how many runs there are, what they were judged by, and with which seeds."""
     frame = _frame(rows)
     features = ", ".join(frame["features"].unique())
-    return f"{len(frame)} runs; features: {features}; seeds 0 to {frame['n_samples'].max() - 1}"
+    n, n_sets = frame["n_samples"].max(), int(frame["n_sets"].max()) if "n_sets" in frame else 1
+    text = f"{len(frame)} runs; features: {features}; seeds 0 to {n_sets * n - 1}"
+    return text + (f", in {n_sets} sets of {n}" if n_sets > 1 else "")
 
 
 def pivot(
@@ -78,27 +74,33 @@ def pivot(
     """Return the mean of `value` in a grid of `index` by `column`, half the range after ±.
 
     index  columns of `rows` that tell the lines apart; a cell without any run is a dash
+
+    Where each run was judged on several sets of samples, the 95 % interval of the mean over sets
+    and seeds of learning stands after it in place of the range.
     """
-    found = _by(rows, [*index, column], value)
-    columns = sorted(found.index.unique(column))
+    found = _groups(rows, [*index, column])
+    columns = sorted({c for *_, c in found})
     text = [
         [*index, *(f"{column.upper()} {c}" for c in columns)],
         ["---"] * (len(index) + len(columns)),
     ]
-    lines = found.index.droplevel(column).unique() if index else [()]
-    for line in lines:
-        line = _tuple(line)
-        cells = []
-        for c in columns:
-            if (*line, c) not in found.index:
-                cells.append("-")
-                continue
-            cell = found.loc[(*line, c)]
-            spread = (cell["max"] - cell["min"]) / 2
-            several = f" ± {_number(spread, digits)}" if cell["count"] > 1 else ""
-            cells.append(_number(cell["mean"], digits) + several)
+    for line in dict.fromkeys(tuple(line) for *line, _ in found):
+        cells = [
+            _cell(found[*line, c], value, digits) if (*line, c) in found else "-" for c in columns
+        ]
         text.append([*map(str, line), *cells])
     return _markdown(text)
+
+
+def _cell(runs: pd.DataFrame, value: str, digits: int) -> str:
+    """The mean of `value` over runs, and its interval or half its range."""
+    values = runs[value]
+    text = _number(values.mean(), digits)
+    if f"{value}_blocks" in runs and "n_sets" in runs and runs["n_sets"].notna().all():
+        low, high = interval(_values(runs, value))
+        return f"{text} ({_number(low, digits)} to {_number(high, digits)})"
+    half = _number((values.max() - values.min()) / 2, digits)
+    return f"{text} ± {half}" if values.count() > 1 else text
 
 
 def compare(

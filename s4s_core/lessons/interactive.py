@@ -2,7 +2,7 @@
 
 import inspect
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..denoiser import Denoiser
 from ..errors import UsageError
 from ..experiments import plot
 from ..experiments.tables import Table
@@ -153,25 +154,91 @@ def show_source(*functions: Callable[..., Any]) -> Table:
     return Table(f"```python\n{text}\n```")
 
 
-def check_answer(answer: Any, right: Any, hint: str = "") -> None:
-    """Print whether the answer to an exercise is right; the answer None means "not yet".
+def repaired_ends(solver: Solver, denoiser: Denoiser, exact: Tensor) -> list[float]:
+    """Return the mean distance to the exact end of a solver put back on the flow after one step.
 
-    right  the right answer (a number may differ from it by 2 %), or a function answer -> bool
+    exact (N+1, B, ...) is the exact flow at the solver's times. There is a number for each step but
+    the last: after step i alone the solver's x is replaced by exact[i]; the evaluations that it has
+    made so far are kept. The exercise of lesson 4 asks for these numbers.
+    """
+    ends = []
+    for step in range(1, solver.nfe):
+        points = solver.trajectory(denoiser, exact[0])
+        x = next(points)
+        for i in range(solver.nfe):
+            x = points.send(exact[i] if i == step else x)
+        ends.append((x - exact[-1]).flatten(1).norm(dim=1).mean().item())
+    return ends
+
+
+def check_answer(
+    answer: Any,
+    right: Any,
+    hint: str = "",
+    below: float | None = None,
+    known: Iterable[Any] = (),
+) -> None:
+    """Print whether the answer to an exercise is right and, if it is not, how far it is off.
+
+    right  the right answer, as one or more numbers, a word or a set of words; or, with `below`, a
+           function answer -> number. Numbers may be off by 2 % and come as a list, a tuple, an
+           array or a tensor; the case of words does not count, nor does the order of a set
     hint   printed with a wrong answer
+    below  what right(answer) has to be lower than
+    known  numbers and grids that stand above the exercise: a copy of one is no answer
+    The answer None means "not yet". No answer, of whatever kind, raises an error.
     """
     if answer is None:
         print("not yet: set answer, and run this cell again")
         return
     try:
-        agrees = right(answer) if callable(right) else _agree(answer, right)
-    except Exception as error:  # an answer of another kind is a wrong one
-        agrees, hint = False, f"{type(error).__name__}: {error}"
-    print("right" if agrees else f"not yet: that is not it{f' ({hint})' if hint else ''}")
+        if any(torch.equal(_numbers(answer), _numbers(one)) for one in known):
+            wrong = "this one stands above, make one of your own"
+        elif below is not None:
+            value = float(right(answer))
+            wrong = "" if value < below else f"{value:.4g}, wanted below {below:.4g}"
+        elif isinstance(right, str | set):
+            wrong = _other_words(answer, right)
+        else:
+            wrong = _other_numbers(_numbers(answer), _numbers(right))
+    except UsageError as error:  # one sentence already
+        wrong = str(error)
+    except Exception:  # an answer of another kind is a wrong one
+        wrong = f"this {type(answer).__name__} is not what the comment beside answer asks for"
+    print(f"not yet: {wrong}{f' ({hint})' if hint else ''}" if wrong else "right")
 
 
-def _agree(answer: Any, right: Any) -> bool:
-    """Whether two answers are equal, numbers up to 2 %."""
-    try:
-        return abs(answer - right) <= 0.02 * abs(right)
-    except TypeError:  # words, lists
-        return answer == right
+def _numbers(value: Any) -> Tensor:
+    """A number, numbers in any container, or the times of a grid, as float64."""
+    value = value.t if isinstance(value, TimeGrid) else value
+    return torch.as_tensor(value, dtype=torch.float64).detach().squeeze()
+
+
+def _words(value: str | Iterable[str]) -> set[str]:
+    return {word.strip().casefold() for word in ([value] if isinstance(value, str) else value)}
+
+
+def _other_words(answer: Any, right: Any) -> str:
+    """How the words of an answer differ from the right ones; nothing if they do not."""
+    found, wanted = _words(answer), _words(right)
+    if found == wanted:
+        return ""
+    wrong = f", {len(found - wanted)} wrong" if found & wanted else ""
+    return f"{len(found & wanted)} of {len(wanted)} right{wrong}"
+
+
+def _other_numbers(found: Tensor, wanted: Tensor) -> str:
+    """How numbers differ from the right ones, by more than 2 %; nothing if they do not."""
+    if found.numel() != wanted.numel():
+        return f"{found.numel()} given, {wanted.numel()} wanted"
+    if found.shape != wanted.shape:
+        return f"its shape is {tuple(found.shape)}, wanted {tuple(wanted.shape)}"
+    off = found - wanted
+    agree = off.abs() <= 0.02 * wanted.abs() + 1e-9
+    if agree.all():
+        return ""
+    if not wanted.ndim:
+        return f"{found:g} is too {'large' if off > 0 else 'small'}, by {off.abs():.3g}"
+    return (
+        f"{agree.sum()} of {agree.numel()} numbers are right, one is off by {off.abs().max():.3g}"
+    )

@@ -7,7 +7,7 @@ distance (<network>)".
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 LARGEST_IMAGE = 2**22  # pixels
 IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
+RESIZED = "the largest square in the middle, resized by Lanczos's filter of Pillow"
 FORMATS = ["PNG", "JPEG", "WEBP"]  # as Pillow calls them, which for others starts programs
 
 
@@ -175,6 +176,27 @@ def _read_statistics(path: Path) -> FeatureStatistics:
 
 
 def _read_images(folder: Path, features: Callable[[Tensor], Tensor] | None) -> FeatureSums:
+    paths = image_files(folder)
+    shape = _read_image(paths[0]).shape
+
+    def read(path: Path) -> Tensor:
+        image = _read_image(path)
+        if image.shape != shape:
+            raise UsageError(
+                f"images of one size are needed, but {path} is {tuple(image.shape)} and "
+                f"{paths[0]} is {tuple(shape)}"
+            )
+        return image
+
+    return _sums(paths, read, features)
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Return the images of a folder and its subfolders, by their names; what is left out is said.
+
+    Raises UsageError where there are none.
+    """
+    folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if not p.is_dir())
     hidden = {p for p in files if any(n.startswith(".") for n in p.relative_to(folder).parts)}
     paths = [p for p in files if p.suffix.lower() in IMAGES and p not in hidden]
@@ -186,25 +208,36 @@ def _read_images(folder: Path, features: Callable[[Tensor], Tensor] | None) -> F
             f"other kinds are not, such as {others[0].relative_to(folder)}",
             file=sys.stderr,
         )
-    shape = _read_image(paths[0]).shape
+    return paths
 
+
+def resized_sums(
+    paths: Sequence[Path], side: int, features: Callable[[Tensor], Tensor] | None = None
+) -> FeatureSums:
+    """Return the sums of the features of image files of any size, as (3, side, side) each.
+
+    The largest square in the middle of an image is taken and resized by Lanczos's filter, which
+    averages where it shrinks; grey is RGB. They pass through memory 64 at a time. Raises UsageError
+    for a file that is no image.
+    """
+    return _sums(paths, lambda path: _read_image(path, side), features)
+
+
+def _sums(
+    paths: Sequence[Path],
+    read: Callable[[Path], Tensor],
+    features: Callable[[Tensor], Tensor] | None,
+) -> FeatureSums:
     def batches(size: int = 64) -> Iterator[Tensor]:
-        for start in progress(range(0, len(paths), size), desc=f"features of {folder.name}"):
-            images = []
-            for path in paths[start : start + size]:
-                images.append(_read_image(path))
-                if images[-1].shape != shape:
-                    raise UsageError(
-                        f"images of one size are needed, but {path} is {tuple(images[-1].shape)} "
-                        f"and {paths[0]} is {tuple(shape)}"
-                    )
-            yield torch.stack(images)
+        label = f"features of {paths[0].parent.name}"
+        for start in progress(range(0, len(paths), size), desc=label):
+            yield torch.stack([read(path) for path in paths[start : start + size]])
 
     return feature_sums(features or inception_features(), batches())
 
 
-def _read_image(path: Path) -> Tensor:
-    """The pixels of an image file, uint8 (3, H, W)."""
+def _read_image(path: Path, side: int = 0) -> Tensor:
+    """The pixels of an image file, uint8 (3, H, W); H = W = side unless it is 0."""
     from PIL import Image
 
     require_file(path)
@@ -214,6 +247,12 @@ def _read_image(path: Path) -> Tensor:
                 raise ValueError(f"it has more than {LARGEST_IMAGE} pixels")
             if image.mode[0] in "IF":  # would be cut, not scaled, to 8 bits
                 raise ValueError(f"its pixels have more than 8 bits: mode {image.mode}")
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            rgb = image.convert("RGB")
+            if side:
+                shorter = min(rgb.size)
+                left, top = ((length - shorter) // 2 for length in rgb.size)
+                rgb = rgb.crop((left, top, left + shorter, top + shorter))
+                rgb = rgb.resize((side, side), Image.Resampling.LANCZOS)
+            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except Exception as error:  # each of PIL's formats has its own
         raise UsageError(f"{path} is not a readable image ({reason(path, error)})") from None

@@ -31,9 +31,12 @@ from .download import fetch, file_sha256, home
 from .inception import (
     INCEPTION_SHA256,
     INCEPTION_URL,
+    RESIZED,
+    image_files,
     inception_features,
     inception_weights,
     read_reference,
+    resized_sums,
 )
 from .mixture import GaussianMixture
 from .networks import (
@@ -47,6 +50,7 @@ from .networks import (
     load_network,
     load_stable_diffusion,
 )
+from .networks.latent import read_image_numbers
 
 WEIGHTS = PACKAGE / "weights"
 
@@ -182,6 +186,43 @@ def fetch_files(dataset: str) -> list[Path]:
     paths = model.files(dataset, params)
     if model.judged_by_inception:
         paths += [inception_weights() or fetch(INCEPTION_URL, INCEPTION_SHA256), _reference(params)]
+    return paths
+
+
+def make_reference(dataset: str, folder: str | Path) -> tuple[FeatureSums, dict[str, str]]:
+    """Return the sums of Inception's features over a folder of real images, and how they were made.
+
+    The images are brought to the size of the dataset's pictures (`resized_sums`). For ms_coco they
+    are those of val2014 that its captions describe, where the file of the captions has a column
+    image_id; for others all that are there. Raises UsageError for a dataset that is not judged by
+    Inception's features, and for an image that is missing or cannot be read.
+    """
+    model, params = choose("dataset", dataset, _MODELS), load_params(dataset)
+    if not model.judged_by_inception:
+        names = ", ".join(name for name, other in _MODELS.items() if other.judged_by_inception)
+        raise UsageError(
+            f"{dataset} is not judged by Inception's features, and brings what it is compared "
+            f"with: choose one of {names}"
+        )
+    paths = _described(Path(folder), params) if dataset == "ms_coco" else image_files(folder)
+    if len(paths) < 2:
+        raise UsageError(f"{folder} holds one image alone: statistics need at least 2")
+    side = params.shape[-1] * _PIXELS.get(dataset, 1)
+    judge = _judged_by_inception(params, default_device())
+    told = {"dataset": dataset, "images": str(len(paths)), "pixels": str(side), "resizing": RESIZED}
+    sums = resized_sums(paths, side, judge["features"])
+    return sums, told | {"features": judge["features_name"]}
+
+
+def _described(folder: Path, params: Params) -> list[Path]:
+    """The images of a folder of MS-COCO's val2014 that the captions describe."""
+    captions = _further_file("ms_coco", params.files[CAPTIONS])
+    paths = [folder / f"COCO_val2014_{n:012d}.jpg" for n in read_image_numbers(captions)]
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise UsageError(
+            f"{folder} lacks {len(missing)} of the {len(paths)} images that {captions} describes, "
+            f"such as {missing[0]}: unpack all of val2014.zip there"
+        )
     return paths
 
 
@@ -350,8 +391,12 @@ def _edm(name: str, paths: list[Path], params: Params, device: str) -> Setup:
 
 def _latent_files(name: str, params: Params) -> list[Path]:
     """The checkpoint (params.url) and the further files, in the order of params.files."""
-    places = [(params.url, params.sha256), *((place, "") for place in params.files)]
-    return [_file(place, f"{name}_{place.rpartition('/')[2]}", sha) for place, sha in places]
+    first = _further_file(name, params.url, params.sha256)
+    return [first, *(_further_file(name, place) for place in params.files)]
+
+
+def _further_file(name: str, place: str, sha256: str = "") -> Path:
+    return _file(place, f"{name}_{place.rpartition('/')[2]}", sha256)
 
 
 def _latent(
@@ -363,7 +408,7 @@ def _latent(
 ) -> Setup:
     """A latent diffusion model, which `load_model` builds from its files."""
     raw = {} if params.averaged_weights else {"raw": True}  # of load_lsun alone
-    model, schedule = load_model(*paths, device, **raw), NAMED_SCHEDULES[params.schedule]
+    model, schedule = load_model(*paths, device=device, **raw), NAMED_SCHEDULES[params.schedule]
     return _setup(
         name,
         params,
@@ -418,6 +463,12 @@ def _file(place: str, name: str, sha256: str = "") -> Path:
 
 def _reference(params: Params) -> Path:
     """The path of the real images' statistics, or of the folder of images."""
+    path = home() / params.fid_reference
+    if "://" not in params.fid_reference and not path.exists():
+        raise UsageError(
+            f"{path} is missing, and there is no address to have it from: s4s reference makes it "
+            "from a folder of the real images"
+        )
     return _file(params.fid_reference, params.fid_reference.rpartition("/")[2])
 
 
@@ -442,6 +493,8 @@ _LATENT_MODELS: dict[str, Callable[..., LatentModel]] = {
     "imagenet": load_imagenet,
     "ms_coco": load_stable_diffusion,
 }
+_PIXELS = {"lsun_bedroom": 4, "imagenet": 4, "ms_coco": 8}  # a side, of each entry of a latent
+CAPTIONS = 2  # the place of the captions that judge among the files of ms_coco
 _MODELS: dict[str, _Model] = {
     "mixture": _Model(lambda name, params: [], _mixture),
     "digits": _bundled_model("digits", lambda: digits_data()[0]),

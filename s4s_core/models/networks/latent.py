@@ -6,6 +6,8 @@ configurations published beside each checkpoint.
 """
 
 import csv
+import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError, optional_import, reason, require_file
+from ...teacher import SEEDS_PER_SET
 from .checkpoint import averaged, fill, fill_decoder, fill_unet, open_checkpoint, under
+
+TRAINING = "annotations/captions_train2014.json"  # in annotations_trainval2014.zip, of 66 MB
+LARGEST_TEXT = 2**28  # bytes
 
 
 @dataclass(frozen=True)
@@ -135,19 +141,22 @@ def load_stable_diffusion(
     vocabulary: str | Path,
     merges: str | Path,
     captions: str | Path,
+    others: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> LatentModel:
     """Load Stable Diffusion v1 at 512x512, x (B, 4, 64, 64), schedule VPDiscrete().
 
     `path` is sd-v1-4.ckpt, `vocabulary` and `merges` are the tokenizer's files (vocab.json and
-    merges.txt of CLIP ViT-L/14), and `captions` is a text file or a .csv with a column `text`.
-    Seed n has the caption in line n; after the last caption the first one follows again. Raises
-    UsageError for any other file.
+    merges.txt of CLIP ViT-L/14), and `captions` and `others` are files for `read_captions`.
+    Seed n has the caption in line n; after the last caption the first one follows again. Where
+    there are `others`, the seeds of learning, from SEEDS_PER_SET on, have those in place of them
+    that are not among `captions`. Raises UsageError for any other file.
     """
     with optional_import(*EXTRA):
         from diffusers import UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
-    lines, tokenize = read_captions(captions), _tokenizer(vocabulary, merges)
+    judged, tokenize = read_captions(captions), _tokenizer(vocabulary, merges)
+    taught = _apart(others, judged, captions) if others else judged
     with open_checkpoint(path) as weights:
         unet: Any = UNet2DConditionModel(**STABLE_DIFFUSION)
         unet = fill_unet(unet, averaged(weights, path, required=False), path).to(device)
@@ -162,7 +171,8 @@ def load_stable_diffusion(
         return text(tokenize(texts).to(device)).last_hidden_state
 
     def condition(seeds: Sequence[int]) -> Tensor:
-        return encode([lines[seed % len(lines)] for seed in seeds])
+        files = [taught if seed >= SEEDS_PER_SET else judged for seed in seeds]
+        return encode([lines[seed % len(lines)] for lines, seed in zip(files, seeds, strict=True)])
 
     decode = _decode(decoder.to(device), KL_SCALE)
     return LatentModel(_network(unet), decode, condition, encode([""]))
@@ -186,21 +196,21 @@ def _decode(vae: Any, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
 def read_captions(path: str | Path) -> list[str]:
     """Return the lines of a text file, or the column `text` of a .csv, without empty ones.
 
-    Raises UsageError for a file that has none or cannot be read.
+    Of a .zip, which must be the archive of MS-COCO's annotations, return those of its training
+    images. Raises UsageError for a file that has none or cannot be read.
     """
     require_file(path)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines: list[str] = [*file]  # not at the separators of Unicode, as splitlines does
-        if Path(path).suffix == ".csv":
-            names, *rows = csv.reader(lines, strict=True)
-            if names.count("text") != 1 or any(len(row) > len(names) for row in rows):
-                raise ValueError("one column is called text, and what has commas is in quotes")
+        if Path(path).suffix == ".zip":
+            lines = _annotated(path)
+        elif Path(path).suffix == ".csv":
             # A caption that is missing is left out, as an empty line is.
-            lines = [dict(zip(names, row, strict=False)).get("text", "") for row in rows]
+            lines = _column(path, "text")
+        else:
+            lines = _lines(path)
         if "\0" in "".join(lines) or "".join(lines[:1]).lstrip().startswith(("<", "{")):
             raise ValueError("it is no text, a web page or JSON")
-    except (OSError, ValueError, csv.Error) as error:
+    except Exception as error:  # csv, json, zipfile and zlib each have their own
         raise UsageError(
             f"{path} is no readable file of captions ({reason(path, error)})"
         ) from None
@@ -208,6 +218,61 @@ def read_captions(path: str | Path) -> list[str]:
     if not lines:
         raise UsageError(f"{path} has no captions: give a text file with one in each line")
     return lines
+
+
+def read_image_numbers(path: str | Path) -> list[int]:
+    """Return the column `image_id` of a .csv of captions: the images that they describe, each once.
+
+    Raises UsageError for a file that has none or cannot be read.
+    """
+    require_file(path)
+    try:
+        numbers = [int(text) for text in _column(path, "image_id") if text]
+        if not numbers or min(numbers) < 0:
+            raise ValueError("there are none, or some are below zero")
+    except (OSError, ValueError, csv.Error) as error:
+        raise UsageError(
+            f"{path} does not say in a column image_id which images its captions describe "
+            f"({reason(path, error)})"
+        ) from None
+    return list(dict.fromkeys(numbers))
+
+
+def _lines(path: str | Path) -> list[str]:
+    """The lines of a text, cut not at the separators of Unicode, as splitlines does."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return [*file]
+
+
+def _column(path: str | Path, name: str) -> list[str]:
+    """One column of a .csv, empty where a row ends before it."""
+    names, *rows = csv.reader(_lines(path), strict=True)
+    if names.count(name) != 1 or any(len(row) > len(names) for row in rows):
+        raise ValueError(f"one column is called {name}, and what has commas is in quotes")
+    return [dict(zip(names, row, strict=False)).get(name, "") for row in rows]
+
+
+def _annotated(path: str | Path) -> list[str]:
+    """The captions of MS-COCO's training images, from the archive of its annotations."""
+    with zipfile.ZipFile(path) as archive:
+        if (size := archive.getinfo(TRAINING).file_size) > LARGEST_TEXT:
+            raise ValueError(f"{TRAINING} would take {size} bytes, more than {LARGEST_TEXT}")
+        found = json.loads(archive.read(TRAINING))
+    return [str(entry["caption"]) for entry in found["annotations"]]
+
+
+def _apart(others: str | Path, judged: list[str], captions: str | Path) -> list[str]:
+    """Those of `others` that are not `judged`, whatever their case and end: to learn from."""
+    said = {_said(line) for line in judged}
+    if not (found := [line for line in read_captions(others) if _said(line) not in said]):
+        raise UsageError(
+            f"every caption of {others} stands in {captions}, too: give others to learn from"
+        )
+    return found
+
+
+def _said(caption: str) -> str:
+    return caption.casefold().rstrip(" .")
 
 
 def _tokenizer(vocabulary: str | Path, merges: str | Path) -> Callable[[list[str]], Tensor]:

@@ -1,0 +1,112 @@
+"""What ./do class writes: students see no answer before they gave one, teachers see all of them."""
+
+import re
+import runpy
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CLASSROOM = runpy.run_path(str(ROOT / "notebooks" / "classroom.py"))
+NAMES = [path.name for path in sorted((ROOT / "notebooks").glob("0?_*.ipynb"))]
+every_lesson = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("class")
+    CLASSROOM["write_class"](folder)
+    return folder
+
+
+def read(path: Path) -> tuple[list, str]:
+    """All cells of a valid notebook, and its Markdown."""
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return notebook.cells, "\n\n".join(texts)
+
+
+@every_lesson
+def test_a_student_gets_every_cell_but_outputs_and_solutions(written, name):
+    original, _ = read(ROOT / "notebooks" / name)
+    given, _ = read(written / "student" / "notebooks" / name)
+    kept = [cell for cell in original if "solution" not in cell.metadata.get("tags", [])]
+    assert [cell.id for cell in given] == [cell.id for cell in kept]
+    for cell, before in zip(given, kept, strict=True):
+        if cell.cell_type == "code":
+            assert cell.source == before.source
+            assert cell.outputs == [] and cell.execution_count is None
+
+
+@every_lesson
+def test_the_answer_to_a_prediction_is_folded_until_it_is_opened(written, name):
+    _, before = read(ROOT / "notebooks" / name)
+    _, given = read(written / "student" / "notebooks" / name)
+    unfolded = given
+    for opening in re.findall(r"<details><summary>.*?</summary>\n\n", given):
+        unfolded = unfolded.replace(opening, "")
+    unfolded = unfolded.replace("\n\n</details>", "")
+    plain = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", before)
+    assert re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", unfolded).split() == plain.split()
+    shown = re.sub(r"<details>.*?</details>", "", given, flags=re.S)
+    assert "## Summary" in shown and not re.search(r"## Summary\s+\S*(- |\|)", shown)
+    asked = len(re.findall(r"\*\*Before you run\*\*:|\*Predict\*:", given))
+    assert given.count("<details>") == asked + 1 - UNANSWERED.get(name[:2], 0)
+
+
+# Questions whose answer is the output itself: no text says it again.
+UNANSWERED = {"01": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("00_tour", "a 0 becomes an 8"),
+        ("02_time_grids", "With the uniform grid every sample ends at the mean"),
+        ("04_global_error", "Accurate steps, and a worse end"),
+        ("06_alternating", "worth more than the twelve coefficients"),
+    ],
+)
+def test_no_answer_stands_under_its_question(written, name, answer):
+    _, given = read(written / "student" / "notebooks" / f"{name}.ipynb")
+    assert answer in given
+    assert answer not in re.sub(r"<details>.*?</details>", "", given, flags=re.S)
+
+
+@every_lesson
+def test_a_teacher_gets_all_solutions_open_with_their_outputs(written, name):
+    original, _ = read(ROOT / "notebooks" / name)
+    kept, _ = read(written / "solutions" / name)
+    for cell, before in zip(kept, original, strict=True):
+        assert "jupyter" not in cell.metadata
+        if cell.cell_type == "code":
+            assert (cell.source, cell.outputs) == (before.source, before.outputs)
+
+
+@pytest.mark.parametrize("folder", ["student/notebooks", "solutions"])
+def test_links_lead_to_what_a_class_gets(written, folder):
+    for name in NAMES:
+        _, text = read(written / folder / name)
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (written / folder / link).exists(), link
+
+
+def test_what_a_student_gets_is_complete(written):
+    student = written / "student"
+    files = [path for name in ("s4s_core", "params") for path in (ROOT / name).rglob("*.*")]
+    for path in files:
+        if "__pycache__" not in path.parts:
+            assert (student / path.relative_to(ROOT)).exists(), path
+    for name in ("do", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"):
+        assert (student / name).is_file(), name
+    assert not list(written.rglob("__pycache__"))
+    assert "./do lab" in (student / "README.md").read_text("utf-8")
+
+
+def test_a_second_class_gets_nothing_of_the_first(written):
+    stray = written / "student" / "notebooks" / "answers.ipynb"
+    stray.write_text("{}")
+    CLASSROOM["write_class"](written)
+    assert not stray.exists()
