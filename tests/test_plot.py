@@ -289,3 +289,44 @@ def test_a_matrix_shows_each_number_in_its_place_and_one_is_pale():
     colours = ax.images[0].get_array()
     assert colours[1, 0] == colours[0, 1] == 0 and colours[0, 0] == -colours[1, 1]
     assert colours[2, 0] == ax.images[0].get_clim()[1]
+
+
+def test_paths_side_by_side_share_their_axes_and_number_the_steps():
+    grid = SimpleNamespace(schedule=SCHEDULE, t=SCHEDULE.t_of_s(torch.tensor([4.0, 2.0, 1.0])))
+    still, moving = torch.zeros(3, 2), torch.arange(6.0).view(3, 2)
+    paths = {n: (grid, k * torch.stack([still, moving], 1)) for k, n in [(1, "one"), (2, "other")]}
+    panels = plot.plot_side_by_side(paths).axes
+    assert [ax.get_title() for ax in panels] == list(paths)
+    assert panels[0].get_xlim() == panels[1].get_xlim()
+    for ax, (_, x) in zip(panels, paths.values(), strict=True):
+        numbers = {text.get_text(): text.xy for text in ax.texts}
+        assert list(numbers) == ["1", "2"]
+        np.testing.assert_allclose(numbers["2"], x[-1, 1] / 2**0.5, rtol=1e-5)
+    assert panels[0].get_ylabel() and not panels[1].get_ylabel()
+
+
+def test_balls_are_as_large_as_r_and_arrows_end_where_the_noise_went():
+    x_T = torch.tensor([[0.0, 1.0], [2.0, -1.0]])
+    ax = plot.plot_balls(x_T, x_T + 0.25, 0.5)
+    assert {patch.radius for patch in ax.patches} == {0.5}
+    assert [text.xyann for text in ax.texts] == [tuple(x) for x in x_T.tolist()]  # where it begins
+    np.testing.assert_allclose([text.xy for text in ax.texts], x_T + 0.25)
+    low, high = ax.get_ylim()
+    assert low <= -1.5 and high >= 1.5  # no ball is cut
+
+
+def test_slopes_join_the_two_numbers_of_a_name_and_write_them():
+    ax = plot.plot_slopes({"steps": (0.2, 0.16), "ends": (0.7, 0.059)}, ("local", "global"))
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0.2, 0.16], [0.7, 0.059]]
+    written = [text.get_text() for text in ax.texts]
+    assert written == ["0.200", "0.160  steps", "0.700", "0.059  ends"]
+    assert ax.get_yscale() == "log"
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["local", "global"]
+
+
+@pytest.mark.parametrize("steps, limit", [(4, plot.CLIP), (40, 100.0)])
+def test_colours_end_early_only_where_the_numbers_are_written(steps, limit):
+    b = torch.ones(steps, 2)
+    b[-1, 0] = 100
+    (image,) = plot.plot_coefficients(SimpleNamespace(b=b)).images
+    assert image.get_clim() == (-limit, limit)

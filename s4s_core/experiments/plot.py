@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 INK, PALE = "#333333", "#d9d9d9"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TINTS = ("#ececec", "#cfcfcf", "#b2b2b2")
+CLIP = 3.0  # coefficients beyond have the darkest colours: those of iPNDM are below
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 STYLE: Any = {
     "figure.dpi": 80,
@@ -135,6 +136,79 @@ def plot_trajectories(
     return ax
 
 
+@mpl.rc_context(STYLE)
+def plot_side_by_side(
+    paths: "Mapping[str, Path2D]", exact: "Path2D | None" = None, data: Any = None
+) -> Figure:
+    """Draw `plot_trajectories` of each path in a panel of its own, on shared axes.
+
+    paths, exact, data  as in `plot_trajectories`
+    The steps of one sample are numbered, that whose points lie least close together.
+    """
+    figure, axes = plt.subplots(
+        1, len(paths), figsize=(0.5 + 3.9 * len(paths), 4.2), sharex=True, sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    views = [_in_view(path) for path in paths.values()]
+    gaps = [np.linalg.norm(np.diff(view, axis=1), axis=0).min(0) for view in views]
+    clearest = np.min(gaps, 0).argmax()
+    for ax, view, (name, path) in zip(axes[0], views, paths.items(), strict=True):
+        plot_trajectories({name: path}, exact, data, ax)
+        for step, place in enumerate(view[:, 1:, clearest].T, start=1):
+            ax.annotate(str(step), place, (4, 4), textcoords="offset points", fontsize=9)
+        ax.get_legend().remove()
+        ax.set_title(name)
+        ax.label_outer()
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def plot_balls(x_T: Any, moved: Any, r: float, ax: Axes | None = None) -> Axes:
+    """Draw the balls of Eq. 7 in the plane, and an arrow from each noise to what it became.
+
+    x_T    (B, 2) noises, the centres, in units of sigma at T
+    moved  (B, 2) the x'_T of the same pairs, in the same units
+    r      radius of the balls, in the same units
+    """
+    ax = _axes(ax, (4.2, 4.2))
+    arrow = {"arrowstyle": "-|>", "color": INK, "lw": 0.9, "mutation_scale": 6}
+    arrow |= {"shrinkA": 0, "shrinkB": 0}  # from point to point
+    for center, end, color in zip(_numpy(x_T), _numpy(moved), cycle(COLORS)):
+        ax.add_patch(plt.Circle(tuple(center), r, fc=color, alpha=0.15, lw=0))
+        ax.add_patch(plt.Circle(tuple(center), r, fill=False, ec=color, lw=1))
+        ax.annotate("", end, center, arrowprops=arrow)
+        ax.plot(*center, ".", color=color, ms=3)
+    ax.set_aspect("equal")
+    ax.set(xlabel=r"first coordinate, in units of $\sigma_T$", ylabel="second coordinate")
+    ax.set_title(f"r = {r}")
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_slopes(
+    values: Mapping[str, tuple[float, float]], names: tuple[str, str], ax: Axes | None = None
+) -> Axes:
+    """Draw a line from a first to a second number for each name, on one logarithmic scale.
+
+    values  name -> two positive numbers, which are written at the ends of its line
+    names   what the first and the second numbers are
+    Lines that cross are names whose order turns round.
+    """
+    ax = _axes(ax, (5.6, 4.4))
+    for n, (name, (first, second)) in enumerate(values.items()):
+        color, marker = COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]
+        ax.plot([0, 1], [first, second], color=color, marker=marker, ls=LINES[n % len(LINES)])
+        ax.text(-0.05, first, f"{first:.3f}", color=color, size=9, ha="right", va="center")
+        ax.text(1.05, second, f"{second:.3f}  {name}", color=color, size=9, va="center")
+    ax.set_yscale("log")
+    ax.yaxis.set_visible(False)
+    ax.spines["left"].set_visible(False)
+    ax.set_xlim(-0.3, 2.0)
+    ax.set_xticks([0, 1], names)
+    ax.spines["bottom"].set_bounds(0, 1)
+    return ax
+
+
 def path_rows(paths: "Mapping[str, Path2D]") -> list[dict[str, Any]]:
     """Return one flat record for each point that `plot_trajectories` draws, for `save`."""
     return [
@@ -154,7 +228,9 @@ def plot_coefficients(
     """Draw the tables b: a row for each step, the newest evaluation first, blank where is none.
 
     coefficients  Coefficients, or name -> Coefficients to set several side by side; only `.b`,
-                  a tensor (N, k), is read. Tables of at most 60 numbers have them written in.
+                  a tensor (N, k), is read. Tables of at most 60 numbers have them written in;
+                  where all have, colours end at `CLIP`, so that one large number leaves the others
+                  some colour.
     """
     tables: Any = coefficients if isinstance(coefficients, dict) else {"": coefficients}
     blocks = {}
@@ -163,7 +239,9 @@ def plot_coefficients(
         step, back = np.indices(b.shape)
         blocks[name] = np.where(back <= step, b, np.nan)
     height = max(len(b) for b in blocks.values())
-    limit = max(np.nanmax(np.abs(b)) for b in blocks.values())
+    limit = largest = max(np.nanmax(np.abs(b)) for b in blocks.values())
+    if all(b.size <= 60 for b in blocks.values()):  # else a colour is all that tells a number
+        limit = min(largest, CLIP)
     width = sum(b.shape[1] for b in blocks.values()) + 0.6 * (len(blocks) - 1)
     ax = _axes(ax, (1.8 + 0.62 * width, 1.3 + 0.36 * height))
     ax.spines[:].set_visible(False)
@@ -186,7 +264,8 @@ def plot_coefficients(
     ax.set_yticks(range(1, height + 1))
     ax.tick_params(length=0)
     ax.set_xlabel("network evaluation")
-    ax.figure.colorbar(image, ax=ax, label="coefficient", shrink=0.9)
+    beyond = "both" if limit < largest else "neither"
+    ax.figure.colorbar(image, ax=ax, label="coefficient", shrink=0.9, extend=beyond)
     return ax
 
 
