@@ -46,7 +46,7 @@ LONG = {
 SHORT = {
     **{path.stem: {} for path in NOTEBOOKS.glob("0?_*.ipynb")},
     "00_tour": {"nfe": 4, "samples": 300, "pairs": 100},
-    "appendix_departures": {"seeds": [0], "rounds": 2, "pairs": 100, "samples": 200},
+    "appendix_departures": {"seeds": [0], "rounds": 1, "pairs": 40, "samples": 20},
     "appendix_theory": {"drawn": 1000, "sizes": [125, 250]},
     "appendix_train_denoiser": {},
     "beyond_black_box": {"pairs": 8, "seeds": [0], "n_eval": 20, "nfe": 2, "order": 2},
