@@ -143,7 +143,7 @@ def plot_side_by_side(
     """Draw `plot_trajectories` of each path in a panel of its own, on shared axes.
 
     paths, exact, data  as in `plot_trajectories`
-    The steps of one sample are numbered, that whose points lie least close together.
+    The steps of one sample are numbered, whose closest two points are farthest apart.
     """
     figure, axes = plt.subplots(
         1, len(paths), figsize=(0.5 + 3.9 * len(paths), 4.2), sharex=True, sharey=True,
@@ -171,7 +171,7 @@ def plot_balls(x_T: Any, moved: Any, r: float, ax: Axes | None = None) -> Axes:
     r      radius of the balls, in the same units
     """
     ax = _axes(ax, (4.2, 4.2))
-    arrow = {"arrowstyle": "-|>", "color": INK, "lw": 0.9, "mutation_scale": 6}
+    arrow: dict[str, Any] = {"arrowstyle": "-|>", "color": INK, "lw": 0.9, "mutation_scale": 6}
     arrow |= {"shrinkA": 0, "shrinkB": 0}  # from point to point
     for center, end, color in zip(_numpy(x_T), _numpy(moved), cycle(COLORS)):
         ax.add_patch(plt.Circle(tuple(center), r, fc=color, alpha=0.15, lw=0))
