@@ -103,7 +103,7 @@ def learn_times(
     """Learn the time steps Xi alone: LD3 (Tong et al. 2024); see learn_coefficients.
 
     The coefficients are those of `scheme` on the grid as it moves, by default the solver's own
-    numbers, which stay. With `patience` the rates follow the authors' rule: see _Patience.
+    numbers, which stay. With `patience` the rates fall by the authors' rule.
     """
     params = setup.params.override_for("learn_times", _TIMES | {"epochs", "patience"}, settings)
     phases, patience = [("xi", params.epochs)], params.patience
