@@ -1,6 +1,5 @@
 """Sliders redraw at once where a kernel and ipywidgets are; elsewhere a picture stands still."""
 
-import io
 import sys
 
 import matplotlib
@@ -12,10 +11,12 @@ import torch
 from nbclient import NotebookClient
 
 import s4s_core as s4s
+from s4s_core.experiments import plot
 from s4s_core.lessons import interactive
 
 matplotlib.use("Agg")
 WIDGET = "application/vnd.jupyter.widget-view+json"
+DOT = "a black dot in a square"
 
 
 @pytest.fixture
@@ -51,13 +52,11 @@ def point(x, y):
 
 
 def png(figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return plot.picture(figure, DOT).data
 
 
 def test_moving_a_slider_draws_the_new_value_and_keeps_the_others(front_end):
-    interactive.sliders(point, x=(0.0, 0.5, 1.0), y=(0.0, 0.25, 1.0))
+    interactive.sliders(point, DOT, x=(0.0, 0.5, 1.0), y=(0.0, 0.25, 1.0))
     controls, first = front_end
     x, y = controls.children
     assert (x.min, x.value, x.max, x.description) == (0, 0.5, 1, "x")
@@ -75,7 +74,7 @@ def test_without_a_front_end_the_picture_of_the_start_stands_alone(front_end, mo
         monkeypatch.setattr("IPython.get_ipython", lambda: None)
     else:
         monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    interactive.sliders(point, x=(0.0, 0.5, 1.0), y=(0.0, 0.25, 1.0))
+    interactive.sliders(point, DOT, x=(0.0, 0.5, 1.0), y=(0.0, 0.25, 1.0))
     (shown,) = front_end
     assert shown == png(point(0.5, 0.25))
 
@@ -85,7 +84,7 @@ def test_in_a_notebook_the_picture_itself_is_replaced():
     cells = [
         "import matplotlib.pyplot as plt\nfrom s4s_core.lessons.interactive import sliders\n"
         "def draw(x):\n    plt.figure(figsize=(1 + x, 1))\n    return plt.gcf()\n"
-        "sliders(draw, x=(0.0, 0.0, 1.0))",
+        "sliders(draw, 'a frame', x=(0.0, 0.0, 1.0))",
         "from ipywidgets import FloatSlider\nfrom ipywidgets.widgets.widget import _instances\n"
         "(x,) = [w for w in _instances.values() if isinstance(w, FloatSlider)]",
         "x.value = 1.0",

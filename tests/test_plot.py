@@ -1,5 +1,6 @@
 """The pictures show the data they were given, with labelled axes."""
 
+import io
 from types import SimpleNamespace
 
 import matplotlib
@@ -10,7 +11,9 @@ import torch
 from test_tables import ROWS
 
 from s4s_core.experiments import plot
+from s4s_core.experiments.experiment import DPM_SOLVER_V3, GRID_NAMES, LEARN
 from s4s_core.grid import GRIDS, LearnedGrid
+from s4s_core.published import SOLVERS
 from s4s_core.schedule import EDM, RectifiedFlow, VPLinear
 
 matplotlib.use("Agg")
@@ -31,7 +34,13 @@ def grids():
 def test_grid_marks_every_step(x):
     ax = plot.plot_grid(grids(), x=x)
     marks = [line for line in ax.lines if line.get_marker() == "|"]
-    assert [label.get_text() for label in ax.get_yticklabels()] == list(grids())
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "uniform",
+        "quadratic",
+        "EDM",
+        "EDM in t",
+        "logSNR",
+    ]
     for line, grid in zip(marks, grids().values(), strict=True):
         np.testing.assert_array_equal(line.get_xdata(), getattr(grid, x))
     assert "noise" in ax.get_xlabel() and "data" in ax.get_xlabel()
@@ -110,12 +119,12 @@ def rows():
 
 def test_metric_draws_mean_and_range_of_each_group():
     ax = plot.plot_metric(rows(), ylabel="Fréchet distance (toy)")
-    assert [line.get_label() for line in ax.lines] == ["ddim", "ipndm"]
+    assert [line.get_label() for line in ax.lines] == ["DDIM", "iPNDM"]
     np.testing.assert_array_equal(ax.lines[1].get_xdata(), [3, 5, 8])
     np.testing.assert_array_equal(ax.lines[1].get_ydata(), [8, 12, 18])
     band = ax.collections[1].get_paths()[0].vertices
     assert {(3.0, 6.0), (3.0, 11.0), (8.0, 16.0), (8.0, 21.0)} <= set(map(tuple, band))
-    assert ax.get_xlabel() == "NFE" and ax.get_ylabel() == "Fréchet distance (toy)"
+    assert ax.get_xlabel() == "network calls (NFE)" and ax.get_ylabel() == "Fréchet distance (toy)"
     assert ax.get_yscale() == "log" and list(ax.get_xticks()) == [3, 5, 8]
     # Colour is never the only difference.
     assert len({line.get_marker() for line in ax.lines}) == 2
@@ -126,7 +135,10 @@ def test_metric_groups_by_several_keys_on_given_axes():
     _, given = plt.subplots()
     ax = plot.plot_metric(rows(), by=("solver", "order"), ax=given, log=False)
     assert ax is given and ax.get_yscale() == "linear" and ax.get_ylabel() == "frechet"
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ddim, 1", "ipndm, 3"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "DDIM, order 1",
+        "iPNDM, order 3",
+    ]
     with pytest.raises(KeyError, match="solvr"):
         plot.plot_metric(rows(), by="solvr")
 
@@ -165,7 +177,8 @@ def test_losses_and_phases():
     np.testing.assert_allclose(train.get_ydata(), [1, 1 / 2, 1 / 3, 1 / 4])
     np.testing.assert_array_equal(valid.get_ydata(), [np.nan, 2, 2, 2])
     shaded = {bars.get_label(): [b.get_x() + 0.5 for b in bars] for bars in ax.containers}
-    assert shaded == {"phi": [0, 1, 3], "xi": [2]}
+    assert shaded == {"φ": [0, 1, 3], "Ξ": [2]}
+    assert {bar.get_height() for bars in ax.containers for bar in bars} == {0.035}
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "loss")
 
 
@@ -184,7 +197,7 @@ def test_times_are_drawn_epoch_by_epoch():
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in times]
     assert drawn == [([0, 1], [0.0, 0.5]), ([0, 1], [1.0, 1.5])]
     assert (list(best.get_xdata()), list(best.get_ydata())) == ([1, 1], [0.0, 1.0])
-    assert [bars.get_label() for bars in ax.containers] == ["phi", "xi"]
+    assert [bars.get_label() for bars in ax.containers] == ["φ", "Ξ"]
 
 
 def test_style_stays_local():
@@ -265,8 +278,10 @@ def test_a_line_style_of_its_own_leaves_the_colour_to_by():
     ]
     lines = plot.plot_metric(rows, line="learn").get_lines()
     looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
-    assert looks["ipndm, none"][0] == looks["ipndm, coefficients"][0] != looks["unipc, none"][0]
-    assert looks["ipndm, none"][1] == looks["unipc, none"][1] != looks["unipc, coefficients"][1]
+    ipndm, ipndm_s4s, unipc, unipc_s4s = looks.values()
+    assert list(looks)[:2] == ["iPNDM, published", "iPNDM, S4S"]
+    assert ipndm[0] == ipndm_s4s[0] != unipc[0]
+    assert ipndm[1] == unipc[1] != unipc_s4s[1]
 
 
 def test_several_tables_share_one_colour_scale():
@@ -328,3 +343,102 @@ def test_colours_end_early_only_where_the_numbers_are_written(steps, limit):
     b[-1, 0] = 100
     (image,) = plot.plot_coefficients(SimpleNamespace(b=b)).images
     assert image.get_clim() == (-limit, limit)
+
+
+def test_every_solver_grid_and_way_of_learning_has_a_name_and_a_look_of_its_own():
+    assert {*SOLVERS, DPM_SOLVER_V3} <= {*plot.LOOKS}
+    assert {*GRID_NAMES} <= {*plot.LOOKS}
+    assert {*LEARN} <= {*plot.LOOKS}
+    for names in (SOLVERS, GRID_NAMES, LEARN):
+        found = plot.looks(names)
+        assert len({tuple(look.values()) for look in found.values()}) == len(names)
+        assert len({plot.display_name(name) for name in names}) == len(names)
+
+
+def test_the_same_name_looks_the_same_in_all_pictures():
+    color, marker, ls = plot.looks(["S4S-Alt"])["S4S-Alt"].values()
+    rows = [{"nfe": 3, "method": m, "frechet": 2.0} for m in ("published", "iPNDM", "S4S-Alt")]
+    drawn = [
+        plot.plot_metric(rows, by="method").lines[2],
+        plot.plot_slopes({"LD3": (1, 2), "alternating": (2, 1)}, ("a", "b")).lines[1],
+    ]
+    for line in drawn:
+        assert (line.get_color(), line.get_marker(), line.get_linestyle()) == (color, marker, ls)
+    dots = plot.plot_ranges(rows).axes[0].lines
+    assert (color, marker) in [(line.get_color(), line.get_marker()) for line in dots]
+    grid = GRIDS["logsnr"](SCHEDULE, 3)
+    assert color in [line.get_color() for line in plot.plot_grid({"S4S-Alt": grid}).lines]
+
+
+def test_a_name_takes_the_look_of_its_part_and_the_others_what_is_left():
+    found = plot.looks(["ipndm, S4S", "S4S from iPNDM", "anything", "edm, 3"])
+    blue = plot.looks(["coefficients"])["coefficients"]
+    assert found["ipndm, S4S"] == blue
+    assert found["S4S from iPNDM"]["color"] == blue["color"] and found["S4S from iPNDM"] != blue
+    assert found["anything"]["color"] != blue["color"]
+    assert found["edm, 3"] == plot.looks(["edm"])["edm"]
+    assert plot.display_name("ipndm, S4S-Alt") == "iPNDM, S4S-Alt"
+    assert plot.display_name("a, b") == "a, b"
+
+
+@pytest.mark.parametrize("high", [2.6, 8.0, 60.0])
+def test_a_short_logarithmic_axis_has_plain_decimals(high):
+    rows = [{"nfe": n, "frechet": v, "solver": "ipndm"} for n, v in ((3, high), (4, 1.2))]
+    ax = plot.plot_metric(rows)
+    ax.figure.draw_without_rendering()
+    low, high = ax.get_ylim()
+    labels = zip(ax.get_yticklabels(), ax.get_yticks(), strict=True)
+    texts = [label.get_text() for label, at in labels if low < at < high]
+    assert len(texts) >= 2 and not ax.get_yticks(minor=True).size
+    assert [float(text) for text in texts]  # no powers of ten
+
+
+def test_ranges_draw_mean_and_extremes_in_a_panel_for_each_number_of_calls():
+    rows = [
+        {"nfe": nfe, "grid": grid, "method": method, "seed": seed, "frechet": base * nfe + seed}
+        for nfe in (5, 4)
+        for method, base in (("published", 9.0), ("S4S", 2.0))
+        for grid in ("edm", "logsnr")
+        for seed in (0, 1, 5)
+    ]
+    rows += [{"nfe": nfe, "grid": "dmn", "method": "joint", "frechet": 1.0} for nfe in (4, 5)]
+    figure = plot.plot_ranges(rows, by="grid", through=["joint"], label="Fréchet distance")
+    left, right = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["4 calls", "5 calls"]
+    assert [t.get_text() for t in left.get_yticklabels()] == ["EDM", "logSNR"]
+    assert figure.get_supxlabel() == "Fréchet distance"
+    dots = [tuple(line.get_xydata()[0]) for line in left.lines if len(line.get_xdata()) == 1]
+    assert sorted(dots) == [(10, 0), (10, 1), (38, 0), (38, 1)]
+    bars = [tuple(line.get_xdata()) for line in left.lines if len(line.get_xdata()) == 2]
+    assert {(8, 13), (36, 41), (10, 38), (1, 1)} == set(bars)
+    assert [t.get_text() for t in right.get_legend().get_texts()] == ["published", "S4S", "joint"]
+    # A line of its own for each method needs no legend.
+    assert plot.plot_ranges(rows).axes[-1].get_legend() is None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_differences_of_images_are_drawn_around_white_on_a_scale_that_is_given(channels):
+    x = torch.linspace(-0.5, 0.5, 2 * channels * 16).reshape(2, channels, 4, 4)
+    (image,) = plot.show_images(x, rows=1, limit=0.25).images
+    assert image.get_clim() == (0, 1) and image.get_cmap().name == "RdBu_r"
+    drawn = image.get_array()[:, :4]
+    expected = (x[0].mean(0).clip(-0.25, 0.25) / 0.25 + 1) / 2
+    np.testing.assert_allclose(drawn, expected, atol=1e-6)
+    np.testing.assert_array_equal(image.get_array()[:, 4], 0.5)
+
+
+def test_a_picture_has_twice_the_pixels_of_its_size_and_says_what_it_shows():
+    ax = plot.plot_metric(rows())
+    ax.figure.set_size_inches(5, 3)
+    width, height = 5 * 80, 3 * 80
+    picture = plot.picture(ax, "two lines fall")
+    data, shown = picture._repr_mimebundle_()
+    assert not plt.get_fignums()
+    assert shown["image/png"] == {"width": width, "height": height, "alt": "two lines fall"}
+    pixels = plt.imread(io.BytesIO(picture.data))
+    assert pixels.shape[:2] == (2 * height, 2 * width)
+    colors = {tuple(pixel) for pixel in (pixels[..., :3] * 255).round().reshape(-1, 3).astype(int)}
+    grey = matplotlib.colors.to_rgb(plot.looks(["ipndm"])["ipndm"]["color"])
+    assert min(np.abs(np.array([*colors]) - 255 * np.array(grey)).max(1)) <= 3
+    cropped = plot.picture(plot.plot_metric(rows()), "two lines fall", crop=True)
+    assert cropped.width < 5.5 * 80 + 20

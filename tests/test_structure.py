@@ -52,7 +52,7 @@ WHERE_USED = ALWAYS | {"torchvision", "lpips", "torch_fidelity", "diffusers", "s
 WHERE_USED |= {"transformers", "huggingface_hub", "parsl"}
 WHERE_USED |= {"PIL", "filelock", "joblib"}  # matplotlib, torch and scikit-learn bring them
 NO_TORCH = {"onnxruntime", "urllib", "wsgiref", "threading", "io", "warnings"}  # other doors
-JUPYTER = {"IPython", "ipywidgets"}  # in this one module alone
+JUPYTER = {"IPython", "ipywidgets"}  # in these two modules alone
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -155,7 +155,7 @@ def test_dependencies_are_declared_and_extras_are_imported_where_used(path):
         package = name.split(".")[0]
         if package not in sys.stdlib_module_names and package != "s4s_core":
             allowed = ALWAYS if at_top else WHERE_USED
-            if path.stem == "interactive" and not at_top:
+            if path.stem in ("interactive", "plot") and not at_top:
                 allowed = allowed | JUPYTER
             if path.stem == "s4s_scheduler":  # stands alone in folders that are shared
                 allowed = allowed | {"diffusers"}
@@ -211,9 +211,16 @@ def texts(notebook) -> str:
     """Everything in a notebook that a person reads as text: sources and textual outputs."""
     found = [cell.source for cell in notebook.cells]
     for output in outputs(notebook):
-        found.append(output.get("text", ""))
+        found += [output.get("text", ""), *alts(output)]
         found += [str(v) for k, v in output.get("data", {}).items() if not k.startswith("image/")]
     return "\n".join(found)
+
+
+def alts(output) -> list[str]:
+    """What the picture of an output has as its alternative text: one, an empty one, or none."""
+    if "image/png" not in output.get("data", {}):
+        return []
+    return [output.metadata.get("image/png", {}).get("alt", "")]
 
 
 def tagged(notebook, tag: str):
@@ -253,6 +260,14 @@ def test_notebook_is_committed_as_executed(notebook):
         assert output.output_type != "error"
         assert output.get("name") != "stderr", output.text
     assert "Traceback (most recent call last)" not in texts(notebook)
+
+
+def test_every_picture_says_what_it_shows(notebook):
+    said = [alt for output in outputs(notebook) for alt in alts(output)]
+    assert all(len(alt.split()) >= 5 for alt in said), said
+    assert len({*said}) == len(said)
+    for cell in code_cells(notebook):
+        assert "plt.show()" not in cell.source, cell.source  # plot.show takes the sentence
 
 
 def test_notebook_carries_no_leftovers(notebook, path):

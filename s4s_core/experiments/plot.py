@@ -1,10 +1,12 @@
 """The pictures that the notebooks share; each function draws on `ax`, or a new one, and returns it.
 
 Colours are those of Okabe and Ito, told apart by colour-blind readers; markers and line styles
-repeat what the colour says, so that a picture also reads in grey.
+repeat what the colour says, so that a picture also reads in grey. The same thing looks the same in
+all pictures: `LOOKS` says how.
 """
 
 import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -14,7 +16,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +28,62 @@ if TYPE_CHECKING:
 
     Path2D = tuple[TimeGrid, Any]  # a grid, and x (N+1, B, 2) at its times
 
+CALLS = "network calls (NFE)"
 INK, PALE = "#333333", "#d9d9d9"
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-TINTS = ("#ececec", "#cfcfcf", "#b2b2b2")
+BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, "#56B4E9", "#000000")
 CLIP = 3.0  # coefficients beyond have the darkest colours: those of iPNDM are below
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
+# What the package calls a thing, what a reader sees, and its colour, marker and line. What is
+# learned has the strong colours; what is published is grey, with a tint for each solver and grid.
+_LOOKS = (
+    ("teacher", "teacher", "#000000", "", ":"),
+    ("exact", "exact", "#8c8c8c", "x", "-"),
+    ("none", "published", "#7f7f7f", "o", "--"),
+    ("baseline", "baseline", "#7f7f7f", "o", "--"),
+    ("coefficients", "S4S", BLUE, "s", "-"),
+    ("learned", "learned", BLUE, "s", "-"),
+    ("iPNDM-S4S", "iPNDM-S4S", BLUE, "s", "-"),
+    ("times", "LD3", GREEN, "^", "-."),
+    ("ld3", "LD3", GREEN, "^", "-."),
+    ("alternating", "S4S-Alt", VERMILION, "D", "-"),
+    ("joint", "joint", PURPLE, "v", "-"),
+    ("jointly", "jointly", PURPLE, "v", "-"),
+    ("joint, all", "joint, all", "#9c4f7d", "v", "--"),
+    ("full", "full", "#6b2f54", "P", "-"),
+    ("newton", "Gauss-Newton", ORANGE, "P", "-"),
+    ("Gauss-Newton, full", "Gauss-Newton, full", "#a87400", "X", "--"),
+    ("bns", "BNS", "#8fa9bd", "<", "--"),
+    ("generalised", "generalised", "#bfa58a", ">", "--"),
+    ("dpm_solver_v3", "DPM-Solver-v3", "#a5b58a", "h", "--"),
+    ("ddim", "DDIM", "#a6a6a6", "o", "-"),
+    ("ipndm", "iPNDM", "#4d4d4d", "s", "--"),
+    ("dpm_solver", "DPM-Solver", "#b09668", "<", ":"),
+    ("dpm_solver_pp", "DPM-Solver++", "#8a6d3b", "^", "-."),
+    ("exponential_adams", "exponential Adams", "#9d8aa6", ">", ":"),
+    ("deis", "DEIS", "#6f7d3e", "v", "--"),
+    ("deis_rho", "DEIS (ρ)", "#8d9a5e", "v", "-."),
+    ("deis_t", "DEIS (t)", "#aab582", "v", ":"),
+    ("unipc", "UniPC", "#5f8296", "D", ":"),
+    ("gaussian", "random numbers", "#c9a9a9", "X", ":"),
+    ("uniform", "uniform", "#c08a3e", "o", "-"),
+    ("quadratic", "quadratic", "#a06a75", "^", "-."),
+    ("edm", "EDM", "#4f8a8b", "D", ":"),
+    ("edm_t", "EDM in t", "#7fb0b0", "D", "-."),
+    ("logsnr", "logSNR", "#4d4d4d", "s", "--"),
+    ("ays_sd15", "AYS (SD 1.5)", "#8d8d5a", "<", "--"),
+    ("ays_sdxl", "AYS (SDXL)", "#a9a97a", "<", ":"),
+    ("gits_sd15", "GITS (SD 1.5)", "#9a85b0", ">", ":"),
+    ("dmn", "DMN", "#8a6d3b", "v", "-."),
+    ("gits", "GITS", "#7b6495", ">", "--"),
+    ("training", "training", INK, "", "-"),
+    ("validation", "validation", ORANGE, "", "--"),
+    ("start", "start", "#e4e4e4", "", "-"),
+    ("phi", "φ", "#9ccbe6", "", "-"),
+    ("xi", "Ξ", "#8fd1bb", "", "-"),
+    ("phi+xi", "φ+Ξ", "#e8c3d8", "", "-"),
+)
+LOOKS = {name: look for look in _LOOKS for name in look[:2]}
 STYLE: Any = {
     "figure.dpi": 80,
     "figure.constrained_layout.use": True,
@@ -47,6 +100,52 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
         _, ax = plt.subplots(figsize=size)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def display_name(name: str) -> str:
+    """Return what a reader sees: "iPNDM, S4S" for "ipndm, S4S"; other names stay as they are."""
+    if name in LOOKS:
+        return LOOKS[name][1]
+    return ", ".join(LOOKS.get(part, ("", part))[1] for part in name.split(", "))
+
+
+def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return for each name the color, marker and ls that matplotlib draws it with.
+
+    They are those of `LOOKS` for the name, or for a part of it: the last after a comma that is
+    there, or that has its first word there. A second name of one look keeps the colour alone.
+    Names that are not there take what the others leave of the usual colours, markers and lines.
+    """
+    names = list(dict.fromkeys(names))
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        parts = [name, *reversed(name.split(", "))]
+        known = [LOOKS[key] for part in parts for key in (part, part.split(" ")[0]) if key in LOOKS]
+        if known:
+            found[name] = known[0][2:]
+    taken: set[tuple[str, ...]] = set()
+    colors = cycle([c for c in COLORS if c not in {look[0] for look in found.values()}] or COLORS)
+    markers, lines = cycle(MARKERS), cycle(LINES)
+    for name in names:
+        look = found.get(name) or (next(colors), next(markers), next(lines))
+        if look in taken:
+            look = (look[0], next(markers), next(lines))
+        taken.add(look)
+        found[name] = look
+    return {n: dict(zip(("color", "marker", "ls"), found[n], strict=True)) for n in names}
+
+
+def _log_scale(ax: Axes, axis: str) -> None:
+    """A logarithmic axis "x" or "y"; with plain decimals where it spans less than two decades."""
+    ax.set(**{f"{axis}scale": "log"})
+    low, high = sorted(getattr(ax, f"get_{axis}lim")())
+    if high < 100 * low:
+        ticker, ticks = mpl.ticker, getattr(ax, f"{axis}axis")
+        subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5)
+        few = high < 3 * low
+        ticks.set_major_locator(ticker.MaxNLocator(5) if few else ticker.LogLocator(subs=subs))
+        ticks.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        ticks.set_minor_locator(ticker.NullLocator())
 
 
 def _numpy(x: Any) -> np.ndarray:
@@ -70,7 +169,8 @@ def plot_grid(grids: "Mapping[str, TimeGrid]", ax: Axes | None = None, x: str = 
     those of the steps.
     """
     ax = _axes(ax, (6.5, 0.8 + 0.4 * len(grids)))
-    for row, ((_, grid), color) in enumerate(zip(grids.items(), cycle(COLORS))):
+    colors = [look["color"] for look in looks(grids).values()]
+    for row, (grid, color) in enumerate(zip(grids.values(), colors, strict=True)):
         points = _numpy(getattr(grid, x))
         ax.plot(points, np.full(len(points), row), "-", color=PALE, lw=1.5, zorder=1)
         ax.plot(points, np.full(len(points), row), "|", color=color, ms=15, mew=2.2)
@@ -78,7 +178,7 @@ def plot_grid(grids: "Mapping[str, TimeGrid]", ax: Axes | None = None, x: str = 
         if t_model is not None and not np.array_equal(_numpy(t_model), _numpy(grid.t)):
             passed = _numpy(getattr(grid.schedule, x)(t_model))[:-1]  # no call at the last time
             ax.plot(passed, np.full(len(passed), row + 0.32), "o", color=color, mfc="w", ms=5)
-    ax.set_yticks(range(len(grids)), grids)
+    ax.set_yticks(range(len(grids)), map(display_name, grids))
     ax.set_ylim(len(grids) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
@@ -114,7 +214,7 @@ def plot_trajectories(
     """
     ax = _axes(ax, (6.2, 4.6))
     if data is not None:
-        ax.plot(*_numpy(data).T, ".", color=PALE, ms=3, mew=0, zorder=0)
+        ax.plot(*_numpy(data).T, ".", color="#c4c4c4", ms=5, mew=0, zorder=0)
     if exact is not None:
         x = _in_view(exact)
         ax.plot(*x, color="#8c8c8c", lw=0.9, zorder=1)
@@ -122,12 +222,11 @@ def plot_trajectories(
         ax.plot([], [], "-x", color="#8c8c8c", mec=INK, lw=0.9, ms=6, label="exact")
         reach = 1.08 * np.abs(x).max()
         ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
-    for n, (name, path) in enumerate(paths.items()):
-        x, color, marker = _in_view(path), COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]
-        look: dict[str, Any] = {"color": color, "marker": marker, "ls": LINES[n % len(LINES)]}
+    for (name, path), look in zip(paths.items(), looks(paths).values(), strict=True):
+        x = _in_view(path)
         ax.plot(*x, **look, lw=1.1, ms=3, zorder=2)
-        ax.plot(*x[:, -1], color=color, marker=marker, ls="", ms=6, zorder=2)
-        ax.plot([], [], **look, lw=1.1, ms=4, label=name)
+        ax.plot(*x[:, -1], **look | {"ls": ""}, ms=6, zorder=2)
+        ax.plot([], [], **look, lw=1.1, ms=4, label=display_name(name))
     ax.set_aspect("equal")
     ax.locator_params(nbins=5)
     ax.set_xlabel(r"first coordinate of $x / \sqrt{\alpha^2 + \sigma^2}$")
@@ -157,7 +256,7 @@ def plot_side_by_side(
         for step, place in enumerate(view[:, 1:, clearest].T, start=1):
             ax.annotate(str(step), place, (4, 4), textcoords="offset points", fontsize=9)
         ax.get_legend().remove()
-        ax.set_title(name)
+        ax.set_title(display_name(name))
         ax.label_outer()
     return figure
 
@@ -195,11 +294,11 @@ def plot_slopes(
     Lines that cross are names whose order turns round.
     """
     ax = _axes(ax, (5.6, 4.4))
-    for n, (name, (first, second)) in enumerate(values.items()):
-        color, marker = COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]
-        ax.plot([0, 1], [first, second], color=color, marker=marker, ls=LINES[n % len(LINES)])
-        ax.text(-0.05, first, f"{first:.3f}", color=color, size=9, ha="right", va="center")
-        ax.text(1.05, second, f"{second:.3f}  {name}", color=color, size=9, va="center")
+    for (name, (first, second)), look in zip(values.items(), looks(values).values(), strict=True):
+        written: Any = {"color": look["color"], "size": 9, "va": "center"}
+        ax.plot([0, 1], [first, second], **look)
+        ax.text(-0.05, first, f"{first:.3f}", ha="right", **written)
+        ax.text(1.05, second, f"{second:.3f}  {display_name(name)}", **written)
     ax.set_yscale("log")
     ax.yaxis.set_visible(False)
     ax.spines["left"].set_visible(False)
@@ -255,7 +354,7 @@ def plot_coefficients(
                 ink = "white" if abs(value) > 0.6 * limit else INK
                 number = f"{value:.2f}".replace("-", "−")
                 ax.text(left + j + 0.5, i + 1, number, color=ink, size=9, ha="center", va="center")
-        ax.text(left + k / 2, 0.3, name, ha="center", va="bottom")
+        ax.text(left + k / 2, 0.3, display_name(name), ha="center", va="bottom")
         ticks += [left + j + 0.5 for j in range(k)]
         labels += ["newest" if j == 0 else f"−{j}" for j in range(k)]
         left += k + 0.6
@@ -290,33 +389,97 @@ def plot_metric(
     Raises KeyError where a row lacks `x`, `y` or a key of `by` or `line`.
     """
     ax, rows = _axes(ax, (5.5, 3.6)), _records(rows)
-    keys = (by,) if isinstance(by, str) else tuple(by)
     curves: dict[tuple[str, Any], dict[Any, list[float]]] = {}
     for row in rows:
-        name = ", ".join(str(row[key]) for key in keys)
-        points = curves.setdefault((name, row[line] if line else ""), {})
+        points = curves.setdefault((_group(row, by), row[line] if line else ""), {})
         points.setdefault(row[x], []).append(float(row[y]))
-    looks = list(dict.fromkeys(name for name, _ in curves))
-    styles = list(dict.fromkeys(style for _, style in curves))
+    shown = looks(name for name, _ in curves)
+    dashes = dict(zip(dict.fromkeys(style for _, style in curves), cycle(LINES)))
     for (name, style), points in curves.items():
-        at, n = sorted(points), looks.index(name)
-        color, dashes = COLORS[n % len(COLORS)], styles.index(style) if line else n
+        at, look, label = sorted(points), dict(shown[name]), display_name(name)
+        if line:
+            look["ls"], label = dashes[style], f"{label}, {display_name(str(style))}"
         ax.fill_between(at, [min(points[p]) for p in at], [max(points[p]) for p in at],
-                        color=color, alpha=0.18, lw=0)  # fmt: skip
-        ax.plot(at, [np.mean(points[p]) for p in at], color=color,
-                label=f"{name}, {style}" if line else name, marker=MARKERS[n % len(MARKERS)],
-                ls=LINES[dashes % len(LINES)], ms=5.5)  # fmt: skip
+                        color=look["color"], alpha=0.18, lw=0)  # fmt: skip
+        ax.plot(at, [np.mean(points[p]) for p in at], **look, label=label, ms=5.5)
     if log:
-        ax.set_yscale("log")
+        _log_scale(ax, "y")
     at = sorted({row[x] for row in rows})
     if log_x and at[-1] > 0:
         ax.set_xscale("symlog", linthresh=min(p for p in at if p > 0), linscale=0.5)
-        ax.minorticks_off()
+        ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     ax.set_xticks(at, [f"{p:.2g}" if isinstance(p, float) else str(p) for p in at])
     ax.grid(axis="y", color=PALE, lw=0.6)
-    ax.set(xlabel=x.upper() if x == "nfe" else x, ylabel=ylabel or y)
+    ax.set(xlabel=CALLS if x == "nfe" else x, ylabel=ylabel or y)
     ax.legend()
     return ax
+
+
+def _group(row: Mapping[str, Any], by: str | Sequence[str]) -> str:
+    """What a row has under one key or several, with a comma between; numbers with their key."""
+    found = [(key, row[key]) for key in ((by,) if isinstance(by, str) else by)]
+    one = len(found) == 1
+    return ", ".join(str(v) if one or isinstance(v, str) else f"{k} {v}" for k, v in found)
+
+
+@mpl.rc_context(STYLE)
+def plot_ranges(
+    rows: "Rows",
+    value: str = "frechet",
+    by: str | Sequence[str] = "method",
+    hue: str = "method",
+    label: str | None = None,
+    through: Sequence[str] = (),
+    figure: Figure | SubFigure | None = None,
+) -> Figure | SubFigure:
+    """Draw a dot at the mean of `value` and a bar from min to max, in a panel for each `nfe`.
+
+    rows     a row for each run, with `nfe`; seeds are what differs within a dot
+    by       column, or several, whose values have a line of the picture each, on one shared scale
+    hue      column whose values have their colours and markers; a pale line joins those that meet
+    through  values of `hue` that are drawn as a line through a whole panel
+    figure   what to draw in, by default a new figure
+    """
+    records = _records(rows)
+    places: dict[str, int] = {}
+    for row in records:
+        if row[hue] not in through:
+            places.setdefault(_group(row, by), len(places))
+    panels: dict[Any, dict[tuple[str, str], list[float]]] = {r["nfe"]: {} for r in records}
+    for row in records:
+        dot = "" if row[hue] in through else _group(row, by), row[hue]
+        panels[row["nfe"]].setdefault(dot, []).append(float(row[value]))
+    shown = looks(row[hue] for row in records)
+    if figure is None:
+        size = (2.4 + 2.2 * len(panels), 1.2 + 0.26 * max(len(places), 3))
+        figure = plt.figure(figsize=size)
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for ax, nfe in zip(axes, sorted(panels), strict=True):
+        _axes(ax, (0, 0))
+        for place in places.values():
+            reached = [np.mean(v) for (n, _), v in panels[nfe].items() if places.get(n) == place]
+            if reached:
+                ax.plot([min(reached), max(reached)], 2 * [place], color=PALE, lw=2, zorder=1)
+        for (name, key), values in panels[nfe].items():
+            look, mean = shown[key], np.mean(values)
+            if key in through:
+                ax.axvline(
+                    mean, color=look["color"], ls=look["ls"], lw=1.4, label=display_name(key)
+                )
+                continue
+            ax.plot([min(values), max(values)], 2 * [places[name]], color=look["color"], lw=2)
+            ax.plot(mean, places[name], **look | {"ls": ""}, ms=6, label=display_name(key))
+        ax.set_title(f"{nfe} calls")
+        ax.grid(axis="x", color=PALE, lw=0.6)
+    _log_scale(ax, "x")
+    ax.set_yticks(list(places.values()), map(display_name, places))
+    ax.set_ylim(len(places) - 0.4, -0.6)
+    figure.supxlabel(label or value, fontsize=11)
+    if hue != by:
+        entries = [zip(*one.get_legend_handles_labels()[::-1], strict=True) for one in axes]
+        once = dict(entry for one in entries for entry in one)
+        ax.legend(once.values(), once, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
 
 
 def principal_components(rows: "Rows", of: str = "b") -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -370,7 +533,8 @@ def plot_pca(
                             marker=marker, ec=INK, lw=0.6, label=f"{line} {name}")  # fmt: skip
     for row in rows:
         if row[line] == reference:
-            ax.plot(row["pc1"], row["pc2"], "*", color=COLORS[1], ms=16, mec=INK, label=reference)
+            ax.plot(row["pc1"], row["pc2"], "*", color=looks([reference])[reference]["color"],
+                    ms=16, mec=INK, label=reference)  # fmt: skip
     _name_components(ax, shares)
     ax.locator_params(nbins=6)
     ax.figure.colorbar(points, ax=ax, ticks=at, label=by)
@@ -386,14 +550,12 @@ def plot_map(vectors: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax, (7.5, 4.0))
     points, shares = principal_components([{"name": n, "b": v} for n, v in vectors.items()])
-    families = list(dict.fromkeys(name.split()[0] for name in vectors))
+    shown = looks(name.split()[0] for name in vectors)
     for row in points:
-        name, place = row["name"], families.index(row["name"].split()[0])
-        color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
-        # More families than colours: those that are left are hollow.
-        face = color if place < len(COLORS) else "none"
-        ax.plot(row["pc1"], row["pc2"], marker, color=color, mfc=face, ms=9, alpha=0.8, label=name)
-        ax.annotate(" ".join(name.split()[1:]), (row["pc1"], row["pc2"]), (6, 5),
+        family, *rest = row["name"].split()
+        look = shown[family] | {"ls": ""}
+        ax.plot(row["pc1"], row["pc2"], **look, ms=9, alpha=0.8, label=display_name(row["name"]))
+        ax.annotate(" ".join(rest), (row["pc1"], row["pc2"]), (6, 5),
                     textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
     _name_components(ax, shares)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -402,29 +564,40 @@ def plot_map(vectors: Mapping[str, Any], ax: Axes | None = None) -> Axes:
 
 @mpl.rc_context(STYLE)
 def show_images(
-    x: Any, rows: int | None = None, ax: Axes | None = None, title: str | None = None
+    x: Any,
+    rows: int | None = None,
+    ax: Axes | None = None,
+    title: str | None = None,
+    limit: float | None = None,
 ) -> Axes:
     """Draw images as one tiled picture, row by row; values outside [-1, 1] are clipped.
 
-    x     (B, C, H, W) in [-1, 1], C = 1 (grey) or 3 (red, green, blue)
-    rows  number of rows; by default the most nearly square tiling
+    x      (B, C, H, W) in [-1, 1], C = 1 (grey) or 3 (red, green, blue)
+    rows   number of rows; by default the most nearly square tiling
+    limit  for differences of images: their means over C are drawn from blue at -limit over white
+           at 0 to red at limit
     """
     x = _numpy(x)
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"images must have shape (B, 1 or 3, H, W), not {x.shape}")
+    look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
+    if limit is not None:
+        x = x.mean(1, keepdims=True).clip(-limit, limit) / limit
+        look["cmap"] = "RdBu_r"
     count, channels, height, width = x.shape
     rows = rows or max(1, int(count**0.5))
     columns = -(-count // rows)
     gap = max(1, width // 16)
-    tiles = np.ones((rows * columns, channels, height + gap, width + gap))
+    blank = 1.0 if limit is None else 0.5
+    tiles = np.full((rows * columns, channels, height + gap, width + gap), blank)
     tiles[:count, :, :height, :width] = (x.clip(-1, 1) + 1) / 2
     picture = tiles.reshape(rows, columns, channels, height + gap, width + gap)
     picture = picture.transpose(0, 3, 1, 4, 2).reshape(rows * (height + gap), -1, channels)
     picture = picture[:-gap, :-gap]
     side = min(0.9, 9 / columns)
     ax = _axes(ax, (side * columns, side * rows + (0.3 if title else 0)))
-    ax.imshow(picture.squeeze(-1) if channels == 1 else picture, cmap="gray", vmin=0, vmax=1,
-              interpolation="nearest")  # fmt: skip
+    picture = picture.squeeze(-1) if channels == 1 else picture
+    ax.imshow(picture, **look, interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(title or "")
     return ax
@@ -450,7 +623,7 @@ def plot_matrix(
         ink = "w" if abs(colours[i, j]) > 0.6 * limit else "k"
         ax.text(j, i, f"{number:.2f}", ha="center", va="center", color=ink)
     ax.set_xticks(range(len(columns)), [str(c) for c in columns])
-    ax.set_yticks(range(len(lines)), [str(line) for line in lines])
+    ax.set_yticks(range(len(lines)), [display_name(str(line)) for line in lines])
     ax.set(xlabel=column, ylabel=index)
     return ax
 
@@ -472,18 +645,18 @@ def plot_signals(
 
 @mpl.rc_context(STYLE)
 def plot_losses(epochs: "Iterable[Epoch]", ax: Axes | None = None) -> Axes:
-    """Draw the training and validation loss of each epoch; several phases are shaded.
+    """Draw the training and validation loss of each epoch; a strip shows several phases.
 
     epochs  records with `index`, `train_loss`, `valid_loss` and `phase`, in order
     """
     epochs = list(epochs)
     ax = _axes(ax, (6.0, 3.2))
-    index = [e.index for e in epochs]
-    ax.plot(index, _numpy([e.train_loss for e in epochs]), color=COLORS[0], label="training")
-    ax.plot(index, _numpy([e.valid_loss for e in epochs]), "--", color=COLORS[1],
-            label="validation")  # fmt: skip
-    _shade_phases(ax, epochs)
-    ax.set_yscale("log")
+    losses = {"training": "train_loss", "validation": "valid_loss"}
+    for (name, key), look in zip(losses.items(), looks(losses).values(), strict=True):
+        values = _numpy([getattr(e, key) for e in epochs])
+        ax.plot([e.index for e in epochs], values, **look, label=name)
+    _log_scale(ax, "y")
+    _mark_phases(ax, epochs)
     ax.set_ylabel("loss")
     return ax
 
@@ -498,25 +671,52 @@ def plot_times(epochs: "Iterable[Epoch]", ax: Axes | None = None) -> Axes:
     ax = _axes(ax, (6.0, 3.2))
     index = [e.index for e in epochs]
     lam = np.array([_numpy(e.solver.grid.lam)[1:-1] for e in epochs])
-    ax.plot(index, lam, color=COLORS[0], lw=1.5)
+    ax.plot(index, lam, color=INK, lw=1.3)
     best = _numpy(epochs[-1].best.grid.lam)[1:-1]
-    ax.plot([index[-1]] * len(best), best, "D", color=COLORS[1], ms=5, clip_on=False, label="best")
-    _shade_phases(ax, epochs)
+    ax.plot([index[-1]] * len(best), best, "D", color=INK, ms=5, clip_on=False, label="best")
+    _mark_phases(ax, epochs)
     ax.set_ylabel(r"$\lambda$ of the inner times")
     return ax
 
 
-def _shade_phases(ax: Axes, epochs: "Sequence[Epoch]") -> None:
-    """The axis of epochs; grey bars behind them where there are several phases."""
-    tints = dict(zip(dict.fromkeys(e.phase for e in epochs), cycle(TINTS)))
-    if len(tints) > 1:
-        for phase, tint in tints.items():
-            ax.bar([e.index for e in epochs if e.phase == phase], 1, 1, color=tint, zorder=0,
-                   transform=ax.get_xaxis_transform(), label=phase)  # fmt: skip
+def _mark_phases(ax: Axes, epochs: "Sequence[Epoch]") -> None:
+    """The axis of epochs; a thin strip along it where there are several phases."""
+    shown = looks(e.phase for e in epochs)
+    if len(shown) > 1:
+        for phase, look in shown.items():
+            ax.bar([e.index for e in epochs if e.phase == phase], 0.035, 1, color=look["color"],
+                   zorder=0, transform=ax.get_xaxis_transform(),
+                   label=display_name(phase), alpha=0.8)  # fmt: skip
     ax.set_xlim(epochs[0].index - 0.5, epochs[-1].index + 0.5)
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def picture(drawn: Axes | Figure, alt: str, crop: bool = False) -> Any:
+    """Return a figure as an IPython Image of its own size in twice the pixels, and close it.
+
+    alt   one sentence that says what is seen, for those who do not see it
+    crop  whether to cut the empty margins off, as notebooks do
+    """
+    from IPython.display import Image
+    from PIL import Image as pillow
+
+    figure: Any = drawn.figure
+    content, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(content, dpi=2 * figure.dpi, bbox_inches="tight" if crop else None)
+    plt.close(figure)  # or a notebook would show it once more
+    image = pillow.open(content).convert("RGB")
+    image.quantize(method=pillow.Quantize.MAXCOVERAGE).save(small, "png", optimize=True)
+    width, height = image.size
+    return Image(small.getvalue(), width=width // 2, height=height // 2, alt=alt)
+
+
+def show(drawn: Axes | Figure, alt: str) -> None:
+    """Show a figure in a notebook as a `picture` that has `alt` in its metadata."""
+    from IPython.display import display
+
+    display(picture(drawn, alt, crop=True))
 
 
 def save(figure: Figure, path: str, rows: "Rows" = ()) -> None:

@@ -1,12 +1,10 @@
 """Tools for the lessons in JupyterLab: sliders that redraw a picture, and checks of exercises."""
 
 import inspect
-import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,24 +22,19 @@ from .exact import exact_path, sample_path
 Range: TypeAlias = tuple[float, float, float]  # low, start, high
 
 
-def sliders(draw: Callable[..., Figure], **ranges: Range) -> None:
+def sliders(draw: Callable[..., Figure], alt: str, **ranges: Range) -> None:
     """Show the figure draw(**values) with a slider for each value; moving one redraws the figure.
 
+    alt     one sentence that says what is seen, for those who do not see it
     ranges  name -> (low, start, high)
     Without ipywidgets, or outside a notebook, only the figure of the start values is shown.
     """
     from IPython import get_ipython
-    from IPython.display import Image, display
-
-    def picture() -> Any:
-        figure, content = draw(**values), io.BytesIO()
-        figure.savefig(content, format="png")
-        plt.close(figure)  # or the notebook would show it once more
-        return Image(content.getvalue())
+    from IPython.display import display
 
     def move(name: str, value: float) -> None:
         values[name] = value
-        shown.update(picture())
+        shown.update(plot.picture(draw(**values), alt))
 
     values = {name: start for name, (_, start, _) in ranges.items()}
     controls = _controls(ranges) if hasattr(get_ipython(), "kernel") else None
@@ -49,7 +42,7 @@ def sliders(draw: Callable[..., Figure], **ranges: Range) -> None:
         display(controls)
         for control in controls.children:
             control.observe(lambda change: move(change.owner.description, change.new), "value")
-    shown = display(picture(), display_id=True)
+    shown = display(plot.picture(draw(**values), alt), display_id=True)
 
 
 def _controls(ranges: dict[str, Range]) -> Any:
@@ -145,7 +138,9 @@ def _explore(
             figure.set_layout_engine("none")  # what was laid out stays, and redraws are faster
         return figure
 
-    sliders(draw, **ranges)
+    alt = f"Paths of {len(seeds)} samples in the plane, from noise to data: the solver's steps are "
+    alt += "broken lines, and the exact paths beside them are smooth"
+    sliders(draw, alt, **ranges)
 
 
 def show_source(*functions: Callable[..., Any]) -> Table:
