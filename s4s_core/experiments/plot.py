@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 CALLS = "network calls (NFE)"
 INK, PALE = "#333333", "#d9d9d9"
-BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
-COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, "#56B4E9", "#000000")
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY = "#E69F00", "#56B4E9"
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#000000")
 CLIP = 3.0  # coefficients beyond have the darkest colours: those of iPNDM are below
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", "-.", ":")
 # What the package calls a thing, what a reader sees, and its colour, marker and line. What is
@@ -67,21 +68,21 @@ _LOOKS = (
     ("unipc", "UniPC", "#5f8296", "D", ":"),
     ("gaussian", "random numbers", "#c9a9a9", "X", ":"),
     ("uniform", "uniform", "#c08a3e", "o", "-"),
-    ("quadratic", "quadratic", "#a06a75", "^", "-."),
-    ("edm", "EDM", "#4f8a8b", "D", ":"),
-    ("edm_t", "EDM in t", "#7fb0b0", "D", "-."),
-    ("logsnr", "logSNR", "#4d4d4d", "s", "--"),
+    ("quadratic", "quadratic", "#b0647a", "^", "-."),
+    ("edm", "EDM", "#7b6fa0", "D", ":"),
+    ("edm_t", "EDM in t", "#a79fc2", "D", "-."),
+    ("logsnr", "logSNR", "#3f8f8c", "s", "--"),
     ("ays_sd15", "AYS (SD 1.5)", "#8d8d5a", "<", "--"),
     ("ays_sdxl", "AYS (SDXL)", "#a9a97a", "<", ":"),
-    ("gits_sd15", "GITS (SD 1.5)", "#9a85b0", ">", ":"),
+    ("gits_sd15", "GITS (SD 1.5)", "#cba9b0", ">", ":"),
     ("dmn", "DMN", "#8a6d3b", "v", "-."),
-    ("gits", "GITS", "#7b6495", ">", "--"),
+    ("gits", "GITS", "#b5838d", ">", "--"),
     ("training", "training", INK, "", "-"),
-    ("validation", "validation", ORANGE, "", "--"),
-    ("start", "start", "#e4e4e4", "", "-"),
-    ("phi", "φ", "#9ccbe6", "", "-"),
-    ("xi", "Ξ", "#8fd1bb", "", "-"),
-    ("phi+xi", "φ+Ξ", "#e8c3d8", "", "-"),
+    ("validation", "validation", SKY, "", "--"),
+    ("start", "start", "#7f7f7f", "", "-"),
+    ("phi", "φ", BLUE, "", "-"),
+    ("xi", "Ξ", GREEN, "", "-"),
+    ("phi+xi", "φ+Ξ", PURPLE, "", "-"),
 )
 LOOKS = {name: look for look in _LOOKS for name in look[:2]}
 STYLE: Any = {
@@ -203,12 +204,15 @@ def plot_trajectories(
     exact: "Path2D | None" = None,
     data: Any = None,
     ax: Axes | None = None,
+    nested: bool = False,
 ) -> Axes:
     """Draw samples on their way from noise to data, in the plane, with a marker at each step.
 
     paths  name -> (grid, x), x (N+1, B, 2) at the times of the grid
     exact  (grid, x) of the exact flow on a fine grid: grey lines under them, a cross at each end
     data   (n, 2) points of the data, a pale cloud under all
+    nested whether each path is thinner than the one before it and the last is dotted, so that
+           paths on each other are seen
     Drawn is x / sqrt(alpha^2 + sigma^2), which neither grows with the noise nor knows of the
     schedule: standard normal at first, the data at last. The view is that of `exact` if given.
     """
@@ -222,11 +226,15 @@ def plot_trajectories(
         ax.plot([], [], "-x", color="#8c8c8c", mec=INK, lw=0.9, ms=6, label="exact")
         reach = 1.08 * np.abs(x).max()
         ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
+    wider = len(paths) if nested else 1
     for (name, path), look in zip(paths.items(), looks(paths).values(), strict=True):
-        x = _in_view(path)
-        ax.plot(*x, **look, lw=1.1, ms=3, zorder=2)
-        ax.plot(*x[:, -1], **look | {"ls": ""}, ms=6, zorder=2)
-        ax.plot([], [], **look, lw=1.1, ms=4, label=display_name(name))
+        x, look = _in_view(path), look | {"lw": 1.1, "alpha": 1 / wider}
+        if nested:
+            look |= {"ls": "-" if wider > 1 else ":", "marker": "", "lw": 1.6 * wider**1.7}
+        ax.plot(*x, **look, ms=3, zorder=2)
+        ax.plot(*x[:, -1], **look | {"ls": "", "marker": look["marker"] or "o"}, ms=6, zorder=2)
+        ax.plot([], [], **look, ms=4, label=display_name(name))
+        wider = max(1, wider - 1)
     ax.set_aspect("equal")
     ax.locator_params(nbins=5)
     ax.set_xlabel(r"first coordinate of $x / \sqrt{\alpha^2 + \sigma^2}$")
@@ -411,7 +419,8 @@ def plot_metric(
     ax.set_xticks(at, [f"{p:.2g}" if isinstance(p, float) else str(p) for p in at])
     ax.grid(axis="y", color=PALE, lw=0.6)
     ax.set(xlabel=CALLS if x == "nfe" else x, ylabel=ylabel or y)
-    ax.legend()
+    if len(curves) > 1:
+        ax.legend()
     return ax
 
 
@@ -686,7 +695,7 @@ def _mark_phases(ax: Axes, epochs: "Sequence[Epoch]") -> None:
         for phase, look in shown.items():
             ax.bar([e.index for e in epochs if e.phase == phase], 0.035, 1, color=look["color"],
                    zorder=0, transform=ax.get_xaxis_transform(),
-                   label=display_name(phase), alpha=0.8)  # fmt: skip
+                   label=display_name(phase), alpha=0.4)  # fmt: skip
     ax.set_xlim(epochs[0].index - 0.5, epochs[-1].index + 0.5)
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
