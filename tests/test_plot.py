@@ -442,3 +442,17 @@ def test_a_picture_has_twice_the_pixels_of_its_size_and_says_what_it_shows():
     assert min(np.abs(np.array([*colors]) - 255 * np.array(grey)).max(1)) <= 3
     cropped = plot.picture(plot.plot_metric(rows()), "two lines fall", crop=True)
     assert cropped.width < 5.5 * 80 + 20
+
+
+def test_nested_paths_are_thinner_one_by_one_so_that_paths_on_each_other_are_seen():
+    grid = SimpleNamespace(schedule=SCHEDULE, t=SCHEDULE.t_of_s(torch.tensor([4.0, 2.0, 1.0])))
+    path = grid, torch.arange(6.0).view(3, 1, 2)
+    ax = plot.plot_trajectories(dict.fromkeys(["one", "two", "three"], path), nested=True)
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 3]
+    widths = [line.get_linewidth() for line in lines]
+    assert widths[0] > 1.5 * widths[1] > 2 * widths[2]
+    assert [line.get_linestyle() for line in lines] == ["-", "-", ":"]
+
+
+def test_a_curve_alone_has_no_legend():
+    assert plot.plot_metric(rows()[:3]).get_legend() is None

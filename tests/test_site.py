@@ -109,3 +109,12 @@ def test_a_browser_shows_a_page_without_complaint(site, tmp_path, name):
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
     assert "</footer>" in done.stdout or "</main>" in done.stdout
+
+
+def test_every_picture_of_a_page_says_what_it_shows_and_how_large_it_is(site):
+    images = re.findall(r"<img[^>]*>", (site / LESSON).read_text("utf-8"))
+    assert len(images) >= 3
+    for image in images:
+        said = re.search(r'alt="([^"]*)"', image)
+        assert said and len(said[1].split()) > 5 and "No description" not in said[1], image[:300]
+        assert re.search(r'width="\d+"', image), image[:300]

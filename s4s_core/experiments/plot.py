@@ -91,6 +91,9 @@ STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": plt.cycler(color=COLORS),
     "legend.frameon": False,
 }
 
@@ -136,8 +139,8 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {n: dict(zip(("color", "marker", "ls"), found[n], strict=True)) for n in names}
 
 
-def _log_scale(ax: Axes, axis: str) -> None:
-    """A logarithmic axis "x" or "y"; with plain decimals where it spans less than two decades."""
+def log_scale(ax: Axes, axis: str) -> None:
+    """Make an axis "x" or "y" logarithmic; plain decimals where it spans less than two decades."""
     ax.set(**{f"{axis}scale": "log"})
     low, high = sorted(getattr(ax, f"get_{axis}lim")())
     if high < 100 * low:
@@ -411,7 +414,7 @@ def plot_metric(
                         color=look["color"], alpha=0.18, lw=0)  # fmt: skip
         ax.plot(at, [np.mean(points[p]) for p in at], **look, label=label, ms=5.5)
     if log:
-        _log_scale(ax, "y")
+        log_scale(ax, "y")
     at = sorted({row[x] for row in rows})
     if log_x and at[-1] > 0:
         ax.set_xscale("symlog", linthresh=min(p for p in at if p > 0), linscale=0.5)
@@ -480,7 +483,7 @@ def plot_ranges(
             ax.plot(mean, places[name], **look | {"ls": ""}, ms=6, label=display_name(key))
         ax.set_title(f"{nfe} calls")
         ax.grid(axis="x", color=PALE, lw=0.6)
-    _log_scale(ax, "x")
+    log_scale(ax, "x")
     ax.set_yticks(list(places.values()), map(display_name, places))
     ax.set_ylim(len(places) - 0.4, -0.6)
     figure.supxlabel(label or value, fontsize=11)
@@ -664,7 +667,7 @@ def plot_losses(epochs: "Iterable[Epoch]", ax: Axes | None = None) -> Axes:
     for (name, key), look in zip(losses.items(), looks(losses).values(), strict=True):
         values = _numpy([getattr(e, key) for e in epochs])
         ax.plot([e.index for e in epochs], values, **look, label=name)
-    _log_scale(ax, "y")
+    log_scale(ax, "y")
     _mark_phases(ax, epochs)
     ax.set_ylabel("loss")
     return ax
