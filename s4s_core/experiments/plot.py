@@ -45,6 +45,7 @@ _LOOKS = (
     ("coefficients", "S4S", BLUE, "s", "-"),
     ("learned", "learned", BLUE, "s", "-"),
     ("iPNDM-S4S", "iPNDM-S4S", BLUE, "s", "-"),
+    ("locally optimal", "locally optimal", SKY, "^", "-."),
     ("times", "LD3", GREEN, "^", "-."),
     ("ld3", "LD3", GREEN, "^", "-."),
     ("alternating", "S4S-Alt", VERMILION, "D", "-"),
@@ -77,8 +78,8 @@ _LOOKS = (
     ("gits_sd15", "GITS (SD 1.5)", "#cba9b0", ">", ":"),
     ("dmn", "DMN", "#8a6d3b", "v", "-."),
     ("gits", "GITS", "#b5838d", ">", "--"),
-    ("training", "training", INK, "", "-"),
-    ("validation", "validation", SKY, "", "--"),
+    ("train_loss", "training loss", INK, "", "-"),
+    ("valid_loss", "validation loss", SKY, "", "--"),
     ("start", "start", "#7f7f7f", "", "-"),
     ("phi", "φ", BLUE, "", "-"),
     ("xi", "Ξ", GREEN, "", "-"),
@@ -663,10 +664,9 @@ def plot_losses(epochs: "Iterable[Epoch]", ax: Axes | None = None) -> Axes:
     """
     epochs = list(epochs)
     ax = _axes(ax, (6.0, 3.2))
-    losses = {"training": "train_loss", "validation": "valid_loss"}
-    for (name, key), look in zip(losses.items(), looks(losses).values(), strict=True):
+    for key, look in looks(["train_loss", "valid_loss"]).items():
         values = _numpy([getattr(e, key) for e in epochs])
-        ax.plot([e.index for e in epochs], values, **look, label=name)
+        ax.plot([e.index for e in epochs], values, **look, label=display_name(key))
     log_scale(ax, "y")
     _mark_phases(ax, epochs)
     ax.set_ylabel("loss")
