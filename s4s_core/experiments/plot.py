@@ -7,6 +7,7 @@ all pictures: `LOOKS` says how.
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -125,7 +126,12 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, tuple[str, ...]] = {}
     for name in names:
         parts = [name, *reversed(name.split(", "))]
-        known = [LOOKS[key] for part in parts for key in (part, part.split(" ")[0]) if key in LOOKS]
+        known = [
+            LOOKS[key]
+            for part in parts
+            for key in (part, re.split("[ (]", part)[0])
+            if key in LOOKS
+        ]
         if known:
             found[name] = known[0][2:]
     taken: set[tuple[str, ...]] = set()
