@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).parents[1]
 COURSE = sorted((ROOT / "notebooks").glob("0?_*.ipynb"))
 KIT = ["do", "pyproject.toml", "requirements.txt", "LICENSE", "params", "s4s_core"]
-KIT += ["explorable/index.html"]
+KIT += ["explorable/index.html", "notebooks/SYMBOLS.md"]
 QUESTION = re.compile(r"\*\*Before you run|\*Predict\*:")
 # What no longer belongs to the reading of a result: a heading, a question, an exercise, what leads
 # over to the next cell or lesson.
@@ -68,7 +68,7 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
 
 def write(folder: Path, version: Callable[[NotebookNode], NotebookNode]) -> None:
     """Write a version of all lessons; links that lead out of what a class gets become plain."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in COURSE}
 
     def link(found: re.Match) -> str:

@@ -15,6 +15,9 @@ import s4s_core as s4s
 # ones, copies of what stands above among them, with what the check says of them. test_notebooks
 # tries them while it runs the lessons.
 RIGHT = {
+    "00-24": ["0.4621", "[0.46]", "torch.tensor(0.5).tanh()"],
+    "00-27": ["'at the mean of the data'", "['At the mean of the data']"],
+    "00-30": ["from_examples", "from_examples.tolist()"],
     "01-18": ["1", "torch.tensor(1.0)", "[1.01]"],
     "01-21": ["'RectifiedFlow'", "' rectifiedflow'", "['RECTIFIEDFLOW']"],
     "01-24": ["landed", "landed.tolist()", "landed.float()"],
@@ -35,6 +38,9 @@ RIGHT = {
     "06-27": ["last"],
 }
 WRONG = {
+    "00-24": [("0.5", "0.5 is too large, by"), ("-1", "-1 is too small, by 1.46")],
+    "00-27": [("'on the clusters'", "0 of 1 right"), ("0", "this int is not what")],
+    "00-30": [("x", "wanted below 0.02"), ("D(x, t)", "stands above"), ("x.T", "not what")],
     "01-18": [("0.5", "0.5 is too small, by 0.5"), ("'one'", "this str is not what")],
     "01-21": [("'EDM'", "0 of 1 right"), ("3", "this int is not what")],
     "01-24": [
@@ -74,8 +80,8 @@ WRONG = {
 }
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-ARC = sorted(NOTEBOOKS.glob("0?_*.ipynb"))  # the tour first
-LESSONS = ARC[1:]
+ARC = sorted(NOTEBOOKS.glob("0?_*.ipynb"))  # lesson 0, the tour, lesson 1, ...
+LESSONS = [path for path in ARC if path.stem != "00_tour"]
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
 
@@ -85,7 +91,7 @@ def cells(path, kind: str) -> list[str]:
 
 
 def test_there_are_lessons():
-    assert [path.stem[:3] for path in ARC[:4]] == ["00_", "01_", "02_", "03_"]
+    assert [path.stem[:3] for path in LESSONS[:4]] == ["00_", "01_", "02_", "03_"]
 
 
 @pytest.mark.parametrize(("before", "after"), list(pairwise(ARC)), ids=lambda path: path.stem)
@@ -131,3 +137,18 @@ def test_the_source_that_a_lesson_shows_is_that_of_the_package(path):
             sources = [inspect.getsource(eval(name, {"s4s": s4s})) for name in call.split(", ")]
             shown = "\n\n".join(source.rstrip() for source in sources)
             assert output.data["text/markdown"] == f"```python\n{shown}\n```", call
+
+
+@pytest.mark.parametrize("path", ARC, ids=lambda path: path.stem)
+def test_the_head_of_every_lesson_links_the_symbols(path):
+    assert "(SYMBOLS.md)" in cells(path, "markdown")[0]
+
+
+def test_the_names_beside_the_symbols_are_those_of_the_code():
+    rows = re.findall(r"^\|.*", (NOTEBOOKS / "SYMBOLS.md").read_text("utf-8"), re.M)
+    names = re.findall(r"`([\w.]+)`", "\n".join(rows))
+    assert len(names) > 20
+    for name in names:
+        owner, _, part = name.partition(".")
+        found = getattr(s4s, owner)
+        assert not part or hasattr(found, part) or part in found.__dataclass_fields__, name
