@@ -28,6 +28,7 @@ from .deploy.family import SolverFamily
 from .deploy.hub import push_to_hub, save_pretrained
 from .deploy.install import install, make_scheduler, save_pipeline
 from .deploy.k_diffusion import sample_s4s, sigmas_of, snap_to_levels
+from .deploy.learn_family import FamilyEpoch, learn_family, stretch
 from .errors import UsageError, choose, progress
 from .evaluate import (
     FeatureStatistics,

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from .solver import Coefficients, LoopTable, Solver, check_estimate, loop_table,
 from .teacher import TeacherSet
 
 BLOCKS = ("phi", "xi", "first")
+SETTINGS = {"distance", "lpips_net", "lpips_resize", "sample_batch_size", "grid_variable"}
+SETTINGS |= {"offset_fraction", "newton_batch_size", "newton_damping", "jacobian", "epochs"}
 FIRST = 0.0  # logit of where a free first call begins: at T itself its level changes nothing
 STEPS_AN_EPOCH = 4  # between two looks at the validation pairs
 SMALL_STEPS = 16  # of a quarter of the pairs, and by which the best of several starts is chosen
@@ -63,22 +65,29 @@ def learn_gauss_newton(
     solver that does not fit the setup, and a network whose answers are too noisy to be
     differentiated; LearningDivergedError where its answers are not finite.
     """
-    for block in blocks:
-        choose("block", block, BLOCKS)
-    reads = {"distance", "lpips_net", "lpips_resize", "sample_batch_size", "grid_variable"}
-    reads |= {"offset_fraction", "newton_batch_size", "newton_damping", "jacobian", "epochs"}
-    params = setup.params.override_for("learn_gauss_newton", reads, settings)
+    params = setup.params.override_for("learn_gauss_newton", SETTINGS, settings)
     for start in (solver, *starts):
         check_fit(start, setup, teacher, seed)
     solvers = [start.learned_for(setup.model) for start in (solver, *starts)]
-    students = [_Student(start, params, blocks, scheme) for start in solvers]
-    runs = [_Run(student, setup, teacher, params, seed) for student in students]
+    students = [Student(start, params, blocks, scheme) for start in solvers]
+    problems = [Problem(student, setup, teacher, params) for student in students]
+    runs = [Run(problem, teacher, params, seed) for problem in problems]
 
-    best_run, x_T = min(runs, key=lambda run: run.valid_loss), teacher.train[0]
-    best, best_loss = best_run.solver, best_run.valid_loss
+    for index, run, best in epochs_of(runs):
+        phase, losses = "newton" if index else "start", (run.train_loss, run.valid_loss)
+        yield Epoch(index, phase, *losses, 0.0, run.solver, best, teacher.train[0])
+
+
+def epochs_of(runs: Sequence["Run"]) -> Iterator[tuple[int, "Run", Any]]:
+    """Yield 0, 1, .., the run that has taken this epoch, and the best that any has found so far.
+
+    Raises LearningDivergedError, which has the best, where the answers are not finite.
+    """
+    first = min(runs, key=lambda run: run.valid_loss)
+    best, best_loss = first.solver, first.valid_loss
     if not math.isfinite(best_loss):
         raise LearningDivergedError("the loss is not finite at the start", best)
-    yield Epoch(0, "start", best_run.train_loss, best_loss, 0.0, best, best, x_T)
+    yield 0, first, best
     with progress(desc="learning", unit="epoch") as bar:
         for index, run in enumerate(_turns(runs), start=1):
             try:
@@ -90,11 +99,10 @@ def learn_gauss_newton(
                 best_loss, best = run.valid_loss, run.solver
             bar.update()
             bar.set_postfix(valid=f"{best_loss:.3g}")
-            losses = run.train_loss, run.valid_loss
-            yield Epoch(index, "newton", *losses, 0.0, run.solver, best, x_T)
+            yield index, run, best
 
 
-def _turns(runs: Sequence["_Run"]) -> Iterator["_Run"]:
+def _turns(runs: Sequence["Run"]) -> Iterator["Run"]:
     """Which run takes the next epoch: each of several in turn, then the best until it is done."""
     if len(runs) > 1:
         for run in runs:
@@ -104,15 +112,28 @@ def _turns(runs: Sequence["_Run"]) -> Iterator["_Run"]:
         yield run
 
 
-class _Run:
+class LeastSquares(Protocol):
+    """What is learned: numbers theta (size,), zero at the start, and their sum of squares."""
+
+    size: int
+
+    def solver(self, theta: Tensor) -> Any:
+        """Return what theta stands for."""
+
+    def loss(self, theta: Tensor, pairs: Tensor) -> float:
+        """Return the loss on these pairs."""
+
+    def normal_equations(self, theta: Tensor, pairs: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Return the loss, J' r and J' J on these pairs."""
+
+
+class Run:
     """Learning from one start: its numbers theta, and what they cost on training and validation."""
 
-    def __init__(
-        self, student: "_Student", setup: Setup, teacher: TeacherSet, params: Params, seed: int
-    ):
-        self.student, self.problem = student, _Problem(student, setup, teacher, params)
-        self.theta = torch.zeros(student.size, dtype=torch.float64)
-        self.memory = _Memory(student.size, params.newton_damping)
+    def __init__(self, problem: LeastSquares, teacher: TeacherSet, params: Params, seed: int):
+        self.problem = problem
+        self.theta = torch.zeros(problem.size, dtype=torch.float64)
+        self.memory = _Memory(problem.size, params.newton_damping)
         train, self.valid = torch.arange(len(teacher.x_T)).tensor_split([teacher.n_train])
         self.batches = _batches(len(train), params.newton_batch_size, params.epochs, seed)
         self.next = next(self.batches, None)
@@ -121,8 +142,8 @@ class _Run:
         self.level, self.stale = self.valid_loss, 0
 
     @property
-    def solver(self) -> Solver:
-        return self.student.solver(self.theta)
+    def solver(self) -> Any:
+        return self.problem.solver(self.theta)
 
     @property
     def done(self) -> bool:
@@ -177,7 +198,7 @@ class _Memory:
         self.damping, self.trust, self.count = damping, 1.0, 0
 
     def step(
-        self, problem: "_Problem", theta: Tensor, batch: Tensor, loss: float, g: Tensor, G: Tensor
+        self, problem: LeastSquares, theta: Tensor, batch: Tensor, loss: float, g: Tensor, G: Tensor
     ) -> Tensor:
         """Take up the batch's model; return the damped step that its own loss bears out."""
         i = self.count
@@ -208,12 +229,14 @@ class _Memory:
 # --- The problem ----------------------------------------------------------------------------
 
 
-class _Student:
+class Student:
     """theta (m,), zero at the start, as a solver: corrections to a scheme's tables, and times."""
 
     def __init__(
         self, solver: Solver, params: Params, blocks: Sequence[str], scheme: Scheme | None
     ):
+        for block in blocks:
+            choose("block", block, BLOCKS)
         self.start, self.scheme = solver, scheme or (lambda grid: solver.coefficients)
         table, N = self.scheme(solver.grid), solver.grid.nfe
         self.grid = LearnedGrid.start_at(solver.grid, params.grid_variable, params.offset_fraction)
@@ -271,11 +294,12 @@ def _places(name: str, table: Tensor, multistep: bool) -> Tensor:
     return used.expand(table.shape).nonzero().T
 
 
-class _Problem:
+class Problem:
     """r(theta) = e(Psi_theta(x_T)) - e(x_0) over pairs of the teacher set."""
 
-    def __init__(self, student: _Student, setup: Setup, teacher: TeacherSet, params: Params):
-        self.student, self.setup, self.seeds = student, setup, teacher.seeds
+    def __init__(self, student: Student, setup: Setup, teacher: TeacherSet, params: Params):
+        self.student, self.size, self.solver = student, student.size, student.solver
+        self.setup, self.seeds = setup, teacher.seeds
         self.x_T, self.x_0 = teacher.x_T.to(setup.device), teacher.x_0.to(setup.device)
         self.embed, self.rows = _embedding(setup, params), params.sample_batch_size
         self.step = self._difference_step(params)

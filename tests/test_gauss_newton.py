@@ -16,7 +16,7 @@ from s4s_core import (
     time_edm,
     time_logsnr,
 )
-from s4s_core.gauss_newton import _Problem, _Student
+from s4s_core.gauss_newton import Problem, Student
 from s4s_core.objective import (
     feature_embedding,
     l2,
@@ -62,7 +62,7 @@ def test_normal_equations_are_those_of_autograd(problem, kind, schedule):
     setup = replace(setup, denoiser=mixture, schedule=schedule)
     start = kinds(schedule)[kind]
     blocks = ("phi", "xi", "first") if kind in ("data", "states") else ("phi", "xi")
-    student = _Student(start, setup.params, blocks, None)
+    student = Student(start, setup.params, blocks, None)
     x_T = schedule.sigma(schedule.T).item() * torch.randn(
         6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
@@ -76,7 +76,7 @@ def test_normal_equations_are_those_of_autograd(problem, kind, schedule):
 
     J = torch.autograd.functional.jacobian(residual, theta).flatten(0, 1)
     r = residual(theta).flatten()
-    small = _Problem(student, setup, pairs, setup.params)
+    small = Problem(student, setup, pairs, setup.params)
     small.step = 1e-5
     loss, g, G = small.normal_equations(theta, torch.arange(6))
     assert loss == pytest.approx(r.square().sum().item() / 6)
@@ -104,8 +104,8 @@ def test_a_weight_costs_the_calls_after_it(problem, blocks, calls):
     setup, teacher = problem()
     counting = Counting(setup.denoiser)
     grid = time_edm(setup.schedule, 5)
-    student = _Student(Solver(s4s.ipndm(grid, 3), grid), setup.params, blocks, None)
-    problem = _Problem(student, replace(setup, denoiser=counting), teacher, setup.params)
+    student = Student(Solver(s4s.ipndm(grid, 3), grid), setup.params, blocks, None)
+    problem = Problem(student, replace(setup, denoiser=counting), teacher, setup.params)
     counting.rows = 0
     problem.normal_equations(torch.zeros(student.size, dtype=torch.float64), torch.arange(10))
     assert counting.rows == 10 * (5 + calls)
@@ -129,7 +129,7 @@ def test_what_does_not_fit_into_memory_is_computed_in_smaller_parts(problem, cap
     setup, teacher = problem(sample_batch_size=64)
     grid = time_edm(setup.schedule, 4)
     start, found = Solver(s4s.ipndm(grid, 3), grid), []
-    student = _Student(start, setup.params, ("phi", "xi"), None)
+    student = Student(start, setup.params, ("phi", "xi"), None)
 
     def small(x, t):
         if len(x) > 20:
@@ -137,7 +137,7 @@ def test_what_does_not_fit_into_memory_is_computed_in_smaller_parts(problem, cap
         return setup.denoiser(x, t)
 
     for denoiser in (setup.denoiser, small):
-        problem = _Problem(student, replace(setup, denoiser=denoiser), teacher, setup.params)
+        problem = Problem(student, replace(setup, denoiser=denoiser), teacher, setup.params)
         problem.step = 1e-6  # of the size of x in a part, which so makes no difference
         theta, pairs = torch.zeros(student.size, dtype=torch.float64), torch.arange(32)
         loss, g, G = problem.normal_equations(theta, pairs)
@@ -206,10 +206,10 @@ def test_a_network_that_cannot_be_differentiated_is_learned_for(problem, kind):
 def test_forward_mode_and_differences_agree_and_cost_what_they_cost(problem):
     setup, teacher = problem()
     network, found = Counting(setup.denoiser), {}
-    student = _Student(kinds(setup.schedule)["noise"], setup.params, ("phi", "xi"), None)
+    student = Student(kinds(setup.schedule)["noise"], setup.params, ("phi", "xi"), None)
     for jacobian in ("differences", "jvp", "auto"):
         params = setup.params.override(jacobian=jacobian)
-        problem = _Problem(student, replace(setup, denoiser=network), teacher, params)
+        problem = Problem(student, replace(setup, denoiser=network), teacher, params)
         network.rows, theta = 0, torch.zeros(student.size, dtype=torch.float64)
         found[jacobian] = (*problem.normal_equations(theta, torch.arange(32)), network.rows)
     for a, b in zip(found["differences"][:3], found["jvp"], strict=False):

@@ -39,7 +39,7 @@ FOLDERS = {
     "lessons": (["density", "exact", "interactive"], ["experiments"]),
     "deploy": (
         ["compiled", "family", "part", "k_diffusion", "s4s_scheduler", "install", "hub"]
-        + ["learn_pipeline"],
+        + ["learn_family", "learn_pipeline"],
         ["models", "baselines", "experiments"],
     ),
 }
