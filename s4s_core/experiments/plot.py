@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Path2D = tuple[TimeGrid, Any]  # a grid, and x (N+1, B, 2) at its times
 
-INK, PALE = "#333333", "#d9d9d9"
+INK, PALE, GHOST = "#333333", "#d9d9d9", "#a6a6a6"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TINTS = ("#ececec", "#cfcfcf", "#b2b2b2")
 CLIP = 3.0  # coefficients beyond have the darkest colours: those of iPNDM are below
@@ -90,8 +90,8 @@ def plot_grid(grids: "Mapping[str, TimeGrid]", ax: Axes | None = None, x: str = 
     return ax
 
 
-def _in_view(path: "Path2D") -> np.ndarray:
-    """x / sqrt(alpha^2 + sigma^2), whose size no noise level changes: (2, N+1, B)."""
+def in_view(path: "Path2D") -> np.ndarray:
+    """Return x / sqrt(alpha^2 + sigma^2), whose size no noise level changes: (2, N+1, B)."""
     grid, x = path
     scale = np.hypot(_numpy(grid.schedule.alpha(grid.t)), _numpy(grid.schedule.sigma(grid.t)))
     return np.moveaxis(_numpy(x) / scale[:, None, None], -1, 0)
@@ -116,14 +116,14 @@ def plot_trajectories(
     if data is not None:
         ax.plot(*_numpy(data).T, ".", color=PALE, ms=3, mew=0, zorder=0)
     if exact is not None:
-        x = _in_view(exact)
+        x = in_view(exact)
         ax.plot(*x, color="#8c8c8c", lw=0.9, zorder=1)
         ax.plot(*x[:, -1], "x", color=INK, ms=6, mew=1.4, zorder=3)
         ax.plot([], [], "-x", color="#8c8c8c", mec=INK, lw=0.9, ms=6, label="exact")
         reach = 1.08 * np.abs(x).max()
         ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
     for n, (name, path) in enumerate(paths.items()):
-        x, color, marker = _in_view(path), COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]
+        x, color, marker = in_view(path), COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]
         look: dict[str, Any] = {"color": color, "marker": marker, "ls": LINES[n % len(LINES)]}
         ax.plot(*x, **look, lw=1.1, ms=3, zorder=2)
         ax.plot(*x[:, -1], color=color, marker=marker, ls="", ms=6, zorder=2)
@@ -149,7 +149,7 @@ def plot_side_by_side(
         1, len(paths), figsize=(0.5 + 3.9 * len(paths), 4.2), sharex=True, sharey=True,
         squeeze=False,
     )  # fmt: skip
-    views = [_in_view(path) for path in paths.values()]
+    views = [in_view(path) for path in paths.values()]
     gaps = [np.linalg.norm(np.diff(view, axis=1), axis=0).min(0) for view in views]
     clearest = np.min(gaps, 0).argmax()
     for ax, view, (name, path) in zip(axes[0], views, paths.items(), strict=True):
@@ -215,7 +215,7 @@ def path_rows(paths: "Mapping[str, Path2D]") -> list[dict[str, Any]]:
         {"path": name, "sample": b, "step": i, "t": t, "x": x.item(), "y": y.item()}
         for name, path in paths.items()
         for i, (t, points) in enumerate(
-            zip(path[0].t.tolist(), _in_view(path).swapaxes(0, 1), strict=True)
+            zip(path[0].t.tolist(), in_view(path).swapaxes(0, 1), strict=True)
         )
         for b, (x, y) in enumerate(points.T)
     ]
