@@ -16,6 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -411,7 +413,9 @@ def show_images(
     """
     x = _numpy(x)
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"images must have shape (B, 1 or 3, H, W), not {x.shape}")
+        raise UsageError(
+            f"images must have shape (B, 1 or 3, H, W), not {x.shape}: take a data set of images"
+        )
     count, channels, height, width = x.shape
     rows = rows or max(1, int(count**0.5))
     columns = -(-count // rows)
@@ -426,6 +430,37 @@ def show_images(
     ax.imshow(picture.squeeze(-1) if channels == 1 else picture, cmap="gray", vmin=0, vmax=1,
               interpolation="nearest")  # fmt: skip
     ax.set_axis_off()
+    ax.set_title(title or "")
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def show_samples(
+    x: Any, rows: int | None = None, ax: Axes | None = None, title: str | None = None
+) -> Axes:
+    """Draw samples in the way that suits them: images, signals in tiles, points in the plane.
+
+    x     (B, C, H, W) as in `show_images`, (B, 1, length) in [-1, 1], or (B, 2)
+    rows  number of rows of tiles; by default the most nearly square tiling
+    Raises UsageError for another shape.
+    """
+    x = _numpy(x)
+    if x.ndim == 2 and x.shape[1] == 2:
+        ax = _axes(ax, (3.4, 3.4))
+        ax.plot(*x.T, ".", color=INK, ms=5)
+        reach = max(1.5, 1.08 * np.abs(x).max())
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    elif x.ndim == 3 and x.shape[1] == 1:
+        rows = rows or max(1, int(len(x) ** 0.5))
+        columns = -(-len(x) // rows)
+        ax = _axes(ax, (9, 0.5 + 0.6 * rows))
+        for i, (signal,) in enumerate(x):
+            row, column = divmod(i, columns)
+            along = column + np.linspace(0, 0.9, len(signal))
+            ax.plot(along, signal - 2.2 * row, lw=0.8, color=INK)
+        ax.set_axis_off()
+    else:
+        return show_images(x, rows, ax, title)
     ax.set_title(title or "")
     return ax
 
