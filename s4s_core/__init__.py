@@ -66,6 +66,7 @@ from .grid import (
 from .learn import (
     Epoch,
     LearningDivergedError,
+    collect,
     learn_alternating,
     learn_coefficients,
     learn_jointly,

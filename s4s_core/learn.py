@@ -5,13 +5,15 @@
     learn_alternating   S4S-Alt, Alg. 2      a phase of phi, a phase of Xi, K times
     learn_jointly       Alg. 3               step both at once
 
-Each is a generator that yields one `Epoch` after each pass over the training pairs. Settings are
+Each is a generator that yields one `Epoch` after each pass over the training pairs, and `collect`
+makes a list of them, which an interrupt ends early. Settings are
 the setup's (params/<dataset>.yaml) unless given by name; those that a function does not read are
 refused.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +61,30 @@ class Epoch:
     solver: Solver
     best: Solver
     x_T_relaxed: Tensor
+
+
+def collect(epochs: Iterable[Epoch]) -> list[Epoch]:
+    """Return all epochs of a learner; an interrupt ends it early, and those so far are kept.
+
+    One printed sentence tells so. A second interrupt within a second stops what comes next, too.
+    Raises UsageError on that one, and on an interrupt before the first epoch.
+    """
+    found: list[Epoch] = []
+    try:
+        for epoch in epochs:
+            found.append(epoch)
+    except KeyboardInterrupt:
+        if not found:
+            raise UsageError("interrupted before the first epoch: run this again") from None
+        print(
+            f"interrupted: what comes next goes on with the {len(found)} epochs so far; run this "
+            "again to learn to the end, or interrupt twice to stop everything"
+        )
+        try:
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise UsageError("interrupted twice: run this again to learn to the end") from None
+    return found
 
 
 class LearningDivergedError(ArithmeticError):

@@ -1,6 +1,7 @@
 """Sliders redraw at once where a kernel and ipywidgets are; elsewhere a picture stands still."""
 
 import sys
+import time
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -8,6 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from nbclient import NotebookClient
 
 import s4s_core as s4s
@@ -58,7 +60,7 @@ def png(figure) -> bytes:
 def test_moving_a_slider_draws_the_new_value_and_keeps_the_others(front_end):
     interactive.sliders(point, DOT, x=(0.0, 0.5, 1.0), y=(0.0, 0.25, 1.0))
     controls, first = front_end
-    x, y = controls.children
+    x, y, reset = controls.children
     assert (x.min, x.value, x.max, x.description) == (0, 0.5, 1, "x")
     assert first == png(point(0.5, 0.25))
     y.value = 0.75
@@ -66,6 +68,11 @@ def test_moving_a_slider_draws_the_new_value_and_keeps_the_others(front_end):
     assert front_end[2] == png(point(0.5, 0.75))
     assert front_end[3] == png(point(0.1, 0.75))
     assert len(front_end) == 4
+    reset.click()  # both go back, and one picture is drawn
+    assert (x.value, y.value) == (0.5, 0.25)
+    assert front_end[4:] == [first]
+    x.value = 0.1
+    assert front_end[5] == png(point(0.1, 0.25))
 
 
 @pytest.mark.parametrize("missing", ["ipywidgets", "kernel"])
@@ -115,7 +122,7 @@ def solver(setup, nfe=4, order=2):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The paths that were drawn, and the titles."""
+    """The paths that were drawn."""
     from s4s_core.experiments import plot
 
     paths, draw = [], plot.plot_trajectories
@@ -128,10 +135,30 @@ def drawn(monkeypatch):
     return paths
 
 
+@pytest.fixture
+def pictures(monkeypatch):
+    """(title, its colour, lines in the plane, lines in the strip) of each picture with sliders."""
+    found, draw = [], FigureCanvasAgg.print_png
+
+    def record(canvas, *arguments, **options):
+        draw(canvas, *arguments, **options)  # raises where matplotlib only lays out
+        lines = ([line.get_xydata().copy() for line in ax.lines] for ax in canvas.figure.axes)
+        title = canvas.figure.axes[0].title
+        found.append((title.get_text(), title.get_color(), *lines))
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", record)
+    return found
+
+
+def contains(lines, points) -> bool:
+    """Whether one of the lines goes through these points (n, 2)."""
+    return any(np.shape(line) == np.shape(points) and np.allclose(line, points) for line in lines)
+
+
 def test_sliders_move_the_times_of_a_solver_and_leave_its_table(setup, front_end, drawn):
     start = solver(setup)
     interactive.explore_times(setup, start, seeds=range(3))
-    controls = front_end[0].children
+    controls = front_end[0].children[:-1]
     np.testing.assert_allclose([c.value for c in controls], start.grid.lam[1:-1])
     torch.testing.assert_close(drawn[0][1], s4s.sample_path(setup, start, range(3))[1])
     controls[0].value = controls[2].value + 0.5  # past its neighbours: they change places
@@ -142,6 +169,71 @@ def test_sliders_move_the_times_of_a_solver_and_leave_its_table(setup, front_end
     assert torch.equal(drawn[1][1], s4s.sample_path(setup, expected, range(3))[1])
     controls[0].value = controls[1].value  # no grid has two equal times
     assert (drawn[2][0].lam.diff() > 0).all()
+
+
+def view(setup, solver, sample):
+    """Where a sample of a solver is drawn at each time, (N+1, 2)."""
+    grid, x = s4s.sample_path(setup, solver, range(3))
+    scale = (setup.schedule.alpha(grid.t) ** 2 + setup.schedule.sigma(grid.t) ** 2).sqrt()
+    return x[:, sample] / scale[:, None]
+
+
+def test_a_grey_ghost_and_grey_ticks_stay_where_the_sliders_began(setup, front_end, pictures):
+    start = solver(setup)
+    interactive.explore_times(setup, start, seeds=range(3))
+    lam = start.grid.lam.clone()
+    front_end[0].children[1].value += 0.5
+    lam[2] += 0.5
+    moved = s4s.Solver(
+        start.coefficients, s4s.TimeGrid(setup.schedule, setup.schedule.t_of_lam(lam))
+    )
+    _, _, plane, strip = pictures[1]
+    for sample in range(3):
+        assert contains(plane, view(setup, start, sample))
+        assert contains(plane, view(setup, moved, sample))
+        assert not contains(pictures[0][2], view(setup, moved, sample))
+    for times in (start.grid.lam, lam):
+        assert contains(strip, torch.stack([times, 0 * times], 1))
+
+
+def test_the_title_tells_the_error_of_200_noises_and_when_the_rival_is_beaten(
+    setup, front_end, pictures
+):
+    start, better = solver(setup), solver(setup, 4, 1)
+    b = better.coefficients.b
+    start, better = (s4s.Solver(s4s.Coefficients(c), start.grid) for c in (0.9 * b, b))
+    x_0 = s4s.exact_path(setup, range(200))[1][-1]
+    error, goal = (s4s.global_error(setup, s, range(200), x_0).mean() for s in (start, better))
+    assert error > goal + 0.01
+    interactive.explore_coefficients(setup, start, seeds=range(100, 103), rival=better)
+    for slider in front_end[0].children[:-1]:
+        slider.value = 1.0  # at last the rival's own table: as good, not better
+    front_end[0].children[-1].click()
+    (first, _, *_), *_, (equal, ink, *_), (again, *_) = pictures
+    assert first == again
+    assert first.splitlines()[0] == f"mean error of 200 noises: {error:.3f}"
+    assert first.splitlines()[1] == f"start: {error:.3f}, to beat: {goal:.3f}"
+    assert equal.startswith(f"mean error of 200 noises: {goal:.3f}") and "beaten" not in equal
+
+
+def test_without_a_rival_the_start_is_to_be_beaten(setup, front_end, pictures):
+    good = solver(setup, 4, 1)
+    bad = s4s.Solver(s4s.Coefficients(0.9 * good.coefficients.b), good.grid)
+    interactive.explore_coefficients(setup, bad, step=4, seeds=range(3))
+    front_end[0].children[0].value = 1.0
+    (before, plain, *_), (after, green, *_) = pictures
+    assert before.endswith(before.split()[5]) and not before.endswith("beaten")
+    assert after.endswith(", beaten") and green != plain
+
+
+def test_a_picture_with_200_noises_is_drawn_while_the_slider_moves(setup, front_end):
+    interactive.explore_times(setup, solver(setup, 5, 3))
+    slider, seconds = front_end[0].children[1], []
+    for _ in range(3):
+        began = time.process_time()
+        slider.value += 0.1
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.2
 
 
 def test_times_told_to_the_network_move_along(setup, front_end, drawn):
@@ -158,7 +250,7 @@ def test_times_told_to_the_network_move_along(setup, front_end, drawn):
 def test_sliders_change_the_table_of_a_solver(setup, front_end, drawn):
     start = solver(setup)
     interactive.explore_coefficients(setup, start, step=3, seeds=range(3))
-    newest, older = front_end[0].children
+    newest, older, _ = front_end[0].children
     assert (newest.value, older.value) == (1.5, -0.5)
     assert (newest.description, older.description) == ("step 3, newest", "step 3, −1")
     older.value = 0.25
@@ -172,7 +264,7 @@ def test_sliders_change_the_table_of_a_solver(setup, front_end, drawn):
 def test_without_a_step_every_coefficient_has_a_slider(setup, front_end):
     start = solver(setup)
     interactive.explore_coefficients(setup, start, seeds=range(2))
-    assert len(front_end[0].children) == s4s.count_parameters(start.coefficients) == 7
+    assert len(front_end[0].children[:-1]) == s4s.count_parameters(start.coefficients) == 7
 
 
 @pytest.mark.parametrize("step", [0, 5])

@@ -168,7 +168,9 @@ def test_stretched_to_its_own_number_of_calls_a_solver_is_the_same(given, first)
     first = None if first is None else torch.tensor(first, dtype=torch.float64)
     grid = replace(grid, xi_c=torch.tensor([0, 0.05, -0.02, 0.01, 0.03, 0]).double(), first=first)
     table = scheme(grid.grid())
-    moved = replace(table, b=table.b + 0.1 * torch.arange(15).double().sin().view(5, 3).tril(), a=table.a * 1.1)
+    moved = replace(
+        table, b=table.b + 0.1 * torch.arange(15).double().sin().view(5, 3).tril(), a=table.a * 1.1
+    )
     solver = s4s.Solver(moved, grid.grid())
     torch.testing.assert_close(numbers(s4s.stretch(solver, 5, scheme)), numbers(solver))
 

@@ -41,7 +41,8 @@ LONG = {
     "beyond_images": {"seeds": [0], "solvers": ["unipc"]}
     | {"grids": ["logsnr"], "nfes": [3], "compared": [3], "order": 2, "shown": 3, "n": 2}
     | {"settings": {"ecg": LEAST, "digits": LEAST}},
-    "beyond_family": PLANE | {"nfes": [3, 4], "seen": [3], "seeds": [0], "fid_samples": 100}
+    "beyond_family": PLANE
+    | {"nfes": [3, 4], "seen": [3], "seeds": [0], "fid_samples": 100}
     | {"sizes": {"n_train_alt": 24, "n_valid_alt": 8}},
     "figure_samples": {"nfe": 3, "n": 4, "plane_nfe": 3, "settings": SMALL["settings"]},
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_tables import ROWS
 
+from s4s_core.errors import UsageError
 from s4s_core.experiments import plot
 from s4s_core.experiments.experiment import DPM_SOLVER_V3, GRID_NAMES, LEARN
 from s4s_core.grid import GRIDS, LearnedGrid
@@ -157,8 +158,29 @@ def test_images_are_tiled_row_by_row(channels):
 
 
 def test_images_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"\(B, 1 or 3, H, W\), not \(5, 2, 4, 4\)"):
-        plot.show_images(torch.zeros(5, 2, 4, 4))
+    for shape in (5, 2, 4, 4), (5, 3):
+        with pytest.raises(UsageError, match=r"\(B, 1 or 3, H, W\), not \(5, .*images"):
+            plot.show_samples(torch.zeros(shape))
+
+
+def test_points_are_drawn_as_points_in_one_view():
+    near, far = torch.tensor([[0.5, -1.0], [1.0, 0.25]]), torch.tensor([[4.0, 0.0]])
+    ax = plot.show_samples(near, rows=4, title="two")
+    np.testing.assert_array_equal(ax.lines[0].get_xydata(), near)
+    assert ax.get_xlim() == ax.get_ylim() == (-1.5, 1.5) and ax.get_title() == "two"
+    assert plot.show_samples(far).get_xlim()[1] > 4
+
+
+def test_signals_are_tiled_row_by_row():
+    x = torch.linspace(-1, 1, 5 * 7).reshape(5, 1, 7)
+    ax = plot.show_samples(x, rows=2)
+    lines = [line.get_xydata() for line in ax.lines]
+    for i, line in enumerate(lines):
+        row, column = divmod(i, 3)
+        shifted = line[:, 1] - x[i, 0].numpy()
+        np.testing.assert_allclose(shifted, shifted[0], atol=1e-6)
+        assert column <= line[:, 0].min() and line[:, 0].max() < column + 1
+        assert line[:, 1].max() <= 1 - 2.2 * row + 1e-6  # no row reaches into the one above
 
 
 def epochs(phases):

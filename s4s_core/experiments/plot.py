@@ -19,6 +19,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     Path2D = tuple[TimeGrid, Any]  # a grid, and x (N+1, B, 2) at its times
 
 CALLS = "network calls (NFE)"
-INK, PALE = "#333333", "#d9d9d9"
+INK, PALE, GHOST = "#333333", "#d9d9d9", "#a6a6a6"
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY = "#E69F00", "#56B4E9"
 COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#000000")
@@ -201,8 +203,8 @@ def plot_grid(grids: "Mapping[str, TimeGrid]", ax: Axes | None = None, x: str = 
     return ax
 
 
-def _in_view(path: "Path2D") -> np.ndarray:
-    """x / sqrt(alpha^2 + sigma^2), whose size no noise level changes: (2, N+1, B)."""
+def in_view(path: "Path2D") -> np.ndarray:
+    """Return x / sqrt(alpha^2 + sigma^2), whose size no noise level changes: (2, N+1, B)."""
     grid, x = path
     scale = np.hypot(_numpy(grid.schedule.alpha(grid.t)), _numpy(grid.schedule.sigma(grid.t)))
     return np.moveaxis(_numpy(x) / scale[:, None, None], -1, 0)
@@ -230,7 +232,7 @@ def plot_trajectories(
     if data is not None:
         ax.plot(*_numpy(data).T, ".", color="#c4c4c4", ms=5, mew=0, zorder=0)
     if exact is not None:
-        x = _in_view(exact)
+        x = in_view(exact)
         ax.plot(*x, color="#8c8c8c", lw=0.9, zorder=1)
         ax.plot(*x[:, -1], "x", color=INK, ms=6, mew=1.4, zorder=3)
         ax.plot([], [], "-x", color="#8c8c8c", mec=INK, lw=0.9, ms=6, label="exact")
@@ -238,7 +240,7 @@ def plot_trajectories(
         ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
     wider = len(paths) if nested else 1
     for (name, path), look in zip(paths.items(), looks(paths).values(), strict=True):
-        x, look = _in_view(path), look | {"lw": 1.1, "alpha": 1 / wider}
+        x, look = in_view(path), look | {"lw": 1.1, "alpha": 1 / wider}
         if nested:
             look |= {"ls": "-" if wider > 1 else ":", "marker": "", "lw": 1.6 * wider**1.7}
         ax.plot(*x, **look, ms=3, zorder=2)
@@ -266,7 +268,7 @@ def plot_side_by_side(
         1, len(paths), figsize=(0.5 + 3.9 * len(paths), 4.2), sharex=True, sharey=True,
         squeeze=False,
     )  # fmt: skip
-    views = [_in_view(path) for path in paths.values()]
+    views = [in_view(path) for path in paths.values()]
     gaps = [np.linalg.norm(np.diff(view, axis=1), axis=0).min(0) for view in views]
     clearest = np.min(gaps, 0).argmax()
     for ax, view, (name, path) in zip(axes[0], views, paths.items(), strict=True):
@@ -332,7 +334,7 @@ def path_rows(paths: "Mapping[str, Path2D]") -> list[dict[str, Any]]:
         {"path": name, "sample": b, "step": i, "t": t, "x": x.item(), "y": y.item()}
         for name, path in paths.items()
         for i, (t, points) in enumerate(
-            zip(path[0].t.tolist(), _in_view(path).swapaxes(0, 1), strict=True)
+            zip(path[0].t.tolist(), in_view(path).swapaxes(0, 1), strict=True)
         )
         for b, (x, y) in enumerate(points.T)
     ]
@@ -598,7 +600,9 @@ def show_images(
     """
     x = _numpy(x)
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"images must have shape (B, 1 or 3, H, W), not {x.shape}")
+        raise UsageError(
+            f"images must have shape (B, 1 or 3, H, W), not {x.shape}: take a data set of images"
+        )
     look: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1}
     if limit is not None:
         x = x.mean(1, keepdims=True).clip(-limit, limit) / limit
@@ -618,6 +622,42 @@ def show_images(
     picture = picture.squeeze(-1) if channels == 1 else picture
     ax.imshow(picture, **look, interpolation="nearest")
     ax.set_axis_off()
+    ax.set_title(title or "")
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def show_samples(
+    x: Any,
+    rows: int | None = None,
+    ax: Axes | None = None,
+    title: str | None = None,
+    limit: float | None = None,
+) -> Axes:
+    """Draw samples in the way that suits them: images, signals in tiles, points in the plane.
+
+    x      (B, C, H, W) as in `show_images`, (B, 1, length) in [-1, 1], or (B, 2)
+    rows   number of rows of tiles; by default the most nearly square tiling
+    limit  of the colours of images that are differences, as in `show_images`
+    Raises UsageError for another shape.
+    """
+    x = _numpy(x)
+    if x.ndim == 2 and x.shape[1] == 2:
+        ax = _axes(ax, (3.4, 3.4))
+        ax.plot(*x.T, ".", color=INK, ms=5)
+        reach = max(1.5, 1.08 * np.abs(x).max())
+        ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    elif x.ndim == 3 and x.shape[1] == 1:
+        rows = rows or max(1, int(len(x) ** 0.5))
+        columns = -(-len(x) // rows)
+        ax = _axes(ax, (9, 0.5 + 0.6 * rows))
+        for i, (signal,) in enumerate(x):
+            row, column = divmod(i, columns)
+            along = column + np.linspace(0, 0.9, len(signal))
+            ax.plot(along, signal - 2.2 * row, lw=0.8, color=INK)
+        ax.set_axis_off()
+    else:
+        return show_images(x, rows, ax, title, limit)
     ax.set_title(title or "")
     return ax
 

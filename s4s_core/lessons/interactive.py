@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,51 +21,67 @@ from ..solver import Solver
 from .exact import exact_path, sample_path
 
 Range: TypeAlias = tuple[float, float, float]  # low, start, high
+JUDGED = range(200)  # seeds of the noises whose mean error the title of a picture tells
 
 
 def sliders(draw: Callable[..., Figure], alt: str, **ranges: Range) -> None:
     """Show the figure draw(**values) with a slider for each value; moving one redraws the figure.
 
     alt     one sentence that says what is seen, for those who do not see it
-    ranges  name -> (low, start, high)
+    ranges  name -> (low, start, high); a button under the sliders goes back to all the starts
     Without ipywidgets, or outside a notebook, only the figure of the start values is shown.
     """
     from IPython import get_ipython
     from IPython.display import display
 
-    def move(name: str, value: float) -> None:
-        values[name] = value
-        shown.update(plot.picture(draw(**values), alt))
+    def picture() -> Any:
+        return plot.picture(draw(**values), alt)
 
-    values = {name: start for name, (_, start, _) in ranges.items()}
+    def move(change: Any) -> None:
+        name = change.owner.description
+        if values[name] != change.new:  # as all are after a reset
+            values[name] = change.new
+            shown.update(picture())
+
+    def reset(_: Any) -> None:
+        values.update(starts)
+        for control in moving:
+            control.value = starts[control.description]
+        shown.update(picture())
+
+    starts = {name: start for name, (_, start, _) in ranges.items()}
+    values = dict(starts)
     controls = _controls(ranges) if hasattr(get_ipython(), "kernel") else None
     if controls:
         display(controls)
-        for control in controls.children:
-            control.observe(lambda change: move(change.owner.description, change.new), "value")
-    shown = display(plot.picture(draw(**values), alt), display_id=True)
+        *moving, button = controls.children
+        for control in moving:
+            control.observe(move, "value")
+        button.on_click(reset)
+    shown = display(picture(), display_id=True)
 
 
 def _controls(ranges: dict[str, Range]) -> Any:
-    """VBox of labelled sliders, or None if ipywidgets is missing."""
+    """VBox of labelled sliders and a button at the end, or None if ipywidgets is missing."""
     try:
-        from ipywidgets import FloatSlider, VBox
+        from ipywidgets import Button, FloatSlider, VBox
     except ImportError:
         return None
     look = {"style": {"description_width": "8em"}, "layout": {"width": "32em"}}
-    return VBox(
-        [
-            FloatSlider(
-                start, min=low, max=high, step=(high - low) / 1000, description=name, **look
-            )
-            for name, (low, start, high) in ranges.items()
-        ]
-    )
+    moving = [
+        FloatSlider(start, min=low, max=high, step=(high - low) / 1000, description=name, **look)
+        for name, (low, start, high) in ranges.items()
+    ]
+    return VBox([*moving, Button(description="reset")])
 
 
-def explore_times(setup: Setup, solver: Solver, seeds: Sequence[int] = range(8)) -> None:
+def explore_times(
+    setup: Setup, solver: Solver, seeds: Sequence[int] = range(8), rival: Solver | None = None
+) -> None:
     """Show a solver's trajectories in the plane, with sliders for lam at its inner times.
 
+    seeds  of the noises that are drawn; the title has the mean error of 200, `JUDGED`
+    rival  the solver to beat on these 200, or None for the one that is given
     The solver's table stays as it is. Times that pass each other change places. The times that are
     passed to the network (`t_model` of the grid) move along with the times of the steps.
     """
@@ -84,16 +101,21 @@ def explore_times(setup: Setup, solver: Solver, seeds: Sequence[int] = range(8))
     low, high = (lam[0] + margin).item(), (lam[-1] - margin).item()
     starts = {f"λ{i}": value for i, value in enumerate(lam.tolist())}
     inner = list(starts.items())[1:-1]
-    _explore(setup, moved, {n: (min(low, v), v, max(high, v)) for n, v in inner}, seeds)
+    _explore(setup, moved, {n: (min(low, v), v, max(high, v)) for n, v in inner}, seeds, rival)
 
 
 def explore_coefficients(
-    setup: Setup, solver: Solver, step: int | None = None, seeds: Sequence[int] = range(8)
+    setup: Setup,
+    solver: Solver,
+    step: int | None = None,
+    seeds: Sequence[int] = range(8),
+    rival: Solver | None = None,
 ) -> None:
     """Show a multistep solver's trajectories in the plane, with sliders for its coefficients b.
 
-    step  1 to N for the coefficients of one step, or None for those of all steps; the newest
-          evaluation comes first, as in `plot_coefficients`
+    step          1 to N for the coefficients of one step, or None for those of all steps; the
+                  newest evaluation comes first, as in `plot_coefficients`
+    seeds, rival  as in `explore_times`
     Raises UsageError for another step.
     """
     b = solver.coefficients.b
@@ -109,7 +131,7 @@ def explore_coefficients(
 
     names = [f"step {i + 1}, {f'−{j}' if j else 'newest'}" for i, j in places]
     starts = zip(names, [b[place].item() for place in places], strict=True)
-    _explore(setup, changed, {name: (v - 1, v, v + 1) for name, v in starts}, seeds)
+    _explore(setup, changed, {name: (v - 1, v, v + 1) for name, v in starts}, seeds, rival)
 
 
 def _explore(
@@ -117,29 +139,57 @@ def _explore(
     make: Callable[[Sequence[float]], Solver],
     ranges: dict[str, Range],
     seeds: Sequence[int],
+    rival: Solver | None,
 ) -> None:
-    """Sliders for the values that `make` turns into a solver, and the solver's trajectories."""
-    exact = exact_path(setup, seeds)
-    ax: Axes | None = None
+    """Sliders for the values that `make` turns into a solver, and the solver's trajectories.
+
+    Grey is where they began; below lie the times. The title is green once the rival is beaten.
+    """
+    noises, drawn = [*seeds, *JUDGED], len(seeds)  # solved together
+    fine, exact = exact_path(setup, noises)
     data = cast(Tensor, setup.data())[:500] if setup.data else None
 
+    def solve(solver: Solver) -> tuple[tuple[TimeGrid, Tensor], float]:
+        grid, x = sample_path(setup, solver, noises)
+        error = (x[-1] - exact[-1])[drawn:].norm(dim=1).mean().item()
+        return (grid, x[:, :drawn]), round(error, 3)  # compared as shown
+
+    start, at_start = solve(make([value for _, value, _ in ranges.values()]))
+    goal = solve(rival)[1] if rival else at_start
+    axes: Any = None
+
+    @mpl.rc_context(plot.STYLE)
     def draw(**values: float) -> Figure:
-        nonlocal ax
-        path = sample_path(setup, make(list(values.values())), seeds)
-        fresh = ax is None
-        if ax is not None:
-            ax.clear()
-        ax = plot.plot_trajectories({f"{len(path[1]) - 1} calls": path}, exact, data, ax)
-        error = (path[1][-1] - exact[1][-1]).norm(dim=1).mean()
-        ax.set_title(f"mean distance to the exact end points {error:.3f}")
-        figure = cast(Figure, ax.figure)
+        nonlocal axes
+        path, error = solve(make(list(values.values())))
+        fresh = axes is None
+        if fresh:
+            _, axes = plt.subplots(2, 1, figsize=(6.2, 5.6), height_ratios=(9, 1))
+        picture, strip = axes
+        picture.clear()
+        strip.clear()
+        ghost: dict[str, Any] = {"color": plot.GHOST, "zorder": 1.5}
+        picture.plot(*plot.in_view(start), "o:", **ghost, ms=4, lw=1.2)
+        picture.plot([], [], "o:", **ghost, ms=4, label="start")
+        plot.plot_trajectories(
+            {f"{len(path[1]) - 1} calls": path}, (fine, exact[:, :drawn]), data, picture
+        )
+        strip.plot(start[0].lam, torch.zeros(len(start[0].lam)), "|", **ghost, ms=15, mew=2.2)
+        plot.plot_grid({"times": path[0]}, strip)
+        beaten = error < goal
+        picture.set_title(
+            f"mean error of {len(JUDGED)} noises: {error:.3f}\n"
+            f"start: {at_start:.3f}, to beat: {goal:.3f}{', beaten' if beaten else ''}",
+            color=plot.COLORS[2] if beaten else plot.INK,
+        )
+        figure = cast(Figure, picture.figure)
         if fresh:
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # what was laid out stays, and redraws are faster
         return figure
 
     alt = f"Paths of {len(seeds)} samples in the plane, from noise to data: the solver's steps are "
-    alt += "broken lines, and the exact paths beside them are smooth"
+    alt += "broken lines, grey where they began, the exact paths are smooth; the times lie below"
     sliders(draw, alt, **ranges)
 
 
