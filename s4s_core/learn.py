@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ from .setup import Setup
 from .solver import Coefficients, Solver, check_noise, consistent, count_parameters
 from .teacher import TeacherSet
 
+AnyEpoch = TypeVar("AnyEpoch")  # of a solver, or of a family
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -63,13 +65,13 @@ class Epoch:
     x_T_relaxed: Tensor
 
 
-def collect(epochs: Iterable[Epoch]) -> list[Epoch]:
+def collect(epochs: Iterable[AnyEpoch]) -> list[AnyEpoch]:
     """Return all epochs of a learner; an interrupt ends it early, and those so far are kept.
 
     One printed sentence tells so. A second interrupt within a second stops what comes next, too.
     Raises UsageError on that one, and on an interrupt before the first epoch.
     """
-    found: list[Epoch] = []
+    found: list[AnyEpoch] = []
     try:
         for epoch in epochs:
             found.append(epoch)
