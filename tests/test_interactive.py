@@ -214,6 +214,22 @@ def test_the_title_tells_the_error_of_200_noises_and_when_the_rival_is_beaten(
     assert equal.startswith(f"mean error of 200 noises: {goal:.3f}") and "beaten" not in equal
 
 
+def test_the_rivals_of_lessons_2_and_3_can_be_beaten(setup, front_end, pictures):
+    grid, dmn = s4s.time_logsnr(setup.schedule, 5), s4s.dmn(setup.schedule, 5)
+    start, rival = (s4s.Solver(s4s.ipndm(g, 3), g) for g in (grid, dmn))
+    interactive.explore_times(setup, start, rival=rival)
+    for slider, lam in zip(front_end[0].children, (-1.16, 0.13, 1.96, 3.38), strict=False):
+        slider.value = lam
+    assert pictures[-1][0].endswith(", beaten")
+    front_end.clear()
+    rival = s4s.Solver(s4s.deis(grid, 3, lower_order_final=False), grid)
+    interactive.explore_coefficients(setup, start, step=4, rival=rival)
+    assert not pictures[-1][0].endswith(", beaten")
+    for slider, b in zip(front_end[0].children, (1.48, -1.03, 0.46), strict=False):
+        slider.value = b
+    assert pictures[-1][0].endswith(", beaten")
+
+
 def test_without_a_rival_the_start_is_to_be_beaten(setup, front_end, pictures):
     good = solver(setup, 4, 1)
     bad = s4s.Solver(s4s.Coefficients(0.9 * good.coefficients.b), good.grid)

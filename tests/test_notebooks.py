@@ -94,6 +94,13 @@ def test_a_short_notebook_runs_and_prints_what_it_says(name):
             assert said in ran.tried[cell, answer] and ran.tried[cell, answer].endswith(")\n")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["mixture", "ecg"])
+def test_the_tour_draws_points_and_signals_too(dataset):
+    small = {"nfe": 3, "samples": 40, "pairs": 24, "settings": {dataset: LEAST}}
+    assert "joint      3 calls  Fréchet" in run_notebook("00_tour", dataset=dataset, **small).text
+
+
 def papermill(tmp_path: Path, name: str, folders=(), **parameters):
     """Run a notebook through papermill from tmp_path, with a cache of its own and the `folders`
     that the environment names; return the process and the output's path.
