@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).parents[1]
 COURSE = sorted((ROOT / "notebooks").glob("0?_*.ipynb"))
 KIT = ["do", "pyproject.toml", "requirements.txt", "LICENSE", "params", "s4s_core"]
-KIT += ["explorable/index.html", "notebooks/SYMBOLS.md"]
+KIT += ["explorable/index.html", "notebooks/SYMBOLS.md", "figures/pictures_samples.png"]
 QUESTION = re.compile(r"\*\*Before you run|\*Predict\*:")
 # What no longer belongs to the reading of a result: a heading, a question, an exercise, what leads
 # over to the next cell or lesson.

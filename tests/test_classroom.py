@@ -63,7 +63,7 @@ UNANSWERED = {"01": 1}
 @pytest.mark.parametrize(
     ("name", "answer"),
     [
-        ("00_tour", "a 0 becomes an 8"),
+        ("00_tour", "the last one here, a 2, becomes a 7"),
         ("02_time_grids", "With the uniform grid every sample ends at the mean"),
         ("04_global_error", "Accurate steps, and a worse end"),
         ("06_alternating", "worth more than the twelve coefficients"),
@@ -90,7 +90,10 @@ def test_links_lead_to_what_a_class_gets(written, folder):
     for name in NAMES:
         _, text = read(written / folder / name)
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (written / folder / link).exists(), link
+            beside = ROOT / Path(link).relative_to("..") if link.startswith("../figures") else None
+            found = (written / folder / link).exists()
+            # The solutions lie in the project, beside its figures; what students get stands alone.
+            assert found or (folder == "solutions" and beside and beside.exists()), link
 
 
 def test_what_a_student_gets_is_complete(written):
