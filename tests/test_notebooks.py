@@ -41,6 +41,12 @@ LONG = {
     "beyond_images": {"seeds": [0], "solvers": ["unipc"]}
     | {"grids": ["logsnr"], "nfes": [3], "compared": [3], "order": 2, "shown": 3, "n": 2}
     | {"settings": {"ecg": LEAST, "digits": LEAST}},
+    "beyond_teacher": {"seeds": [0, 1], "teacher_nfes": [10, 40], "taught_by": [10], "nfes": [3]}
+    | {"judged_nfe": 3, "blocks": 2, "fid_samples": 100, "exact": {"teacher_nfe": 50}}
+    | {
+        "sizes": {"n_train_alt": 40, "n_valid_alt": 20},
+        "settings": {"digits": {"teacher_nfe": 10}},
+    },
     "beyond_family": PLANE
     | {"nfes": [3, 4], "seen": [3], "seeds": [0], "fid_samples": 100}
     | {"sizes": {"n_train_alt": 24, "n_valid_alt": 8}},
