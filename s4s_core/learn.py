@@ -6,9 +6,8 @@
     learn_jointly       Alg. 3               step both at once
 
 Each is a generator that yields one `Epoch` after each pass over the training pairs, and `collect`
-makes a list of them, which an interrupt ends early. Settings are
-the setup's (params/<dataset>.yaml) unless given by name; those that a function does not read are
-refused.
+makes a list of them, which an interrupt ends early. Settings are the setup's, those of
+params/<dataset>.yaml, unless given by name; those that a function does not read are refused.
 """
 
 import math

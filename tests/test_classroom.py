@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -16,6 +17,7 @@ every_lesson = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("class")
+    shutil.copytree(ROOT / "figures", folder / "figures")  # beside which solutions/ lies
     CLASSROOM["write_class"](folder)
     return folder
 
@@ -90,10 +92,7 @@ def test_links_lead_to_what_a_class_gets(written, folder):
     for name in NAMES:
         _, text = read(written / folder / name)
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
-            beside = ROOT / Path(link).relative_to("..") if link.startswith("../figures") else None
-            found = (written / folder / link).exists()
-            # The solutions lie in the project, beside its figures; what students get stands alone.
-            assert found or (folder == "solutions" and beside and beside.exists()), link
+            assert (written / folder / link).exists(), link
 
 
 def test_what_a_student_gets_is_complete(written):

@@ -121,8 +121,6 @@ def solver(setup, nfe=4, order=2):
 @pytest.fixture
 def drawn(monkeypatch):
     """The paths that were drawn."""
-    from s4s_core.experiments import plot
-
     paths, draw = [], plot.plot_trajectories
 
     def record(named, *others):

@@ -146,6 +146,12 @@ def test_a_start_of_another_number_of_calls_is_refused(given):
         next(s4s.learn_family(lambda N: start(min(N, 4)), setup, teacher, seen=(4,), nfes=(4, 5)))
 
 
+def test_a_start_that_is_no_solver_is_refused(given):
+    setup, teacher, _ = given
+    with pytest.raises(s4s.UsageError, match="solver must be"):
+        next(s4s.learn_family(lambda N: None, setup, teacher))
+
+
 def test_answers_that_are_not_finite_leave_the_best(given):
     setup, teacher, start = given
     calls = []

@@ -39,7 +39,8 @@ PRIOR = 1e-3  # of theta_N = 0, summed over all N: it holds the numbers of calls
 class FamilyEpoch:
     """The state after a few steps; epoch 0 is the state before the first.
 
-    train_loss, valid_loss  geometric means, over the numbers of calls seen, of the mean distance
+    train_loss, valid_loss  geometric means, over the numbers of calls seen, of the mean distance,
+                            times exp of the prior
     family                  as it stands
     best                    that of the smallest valid_loss so far
     """
@@ -76,11 +77,13 @@ def learn_family(
     if not seen:
         raise UsageError("a family learns at one number of network calls at least: give some seen")
     params = setup.params.override_for("learn_family", SETTINGS, settings)
-    starts = {N: start(N).learned_for(setup.model) for N in sorted({*seen, *nfes})}
-    for N, solver in starts.items():
+    starts = {}
+    for N in sorted({*seen, *nfes}):
+        solver = start(N)
         check_fit(solver, setup, teacher, seed)
         if solver.nfe != N:
             raise UsageError(f"start({N}) is a solver of {solver.nfe} calls, not of {N}")
+        starts[N] = solver.learned_for(setup.model)
     problem = _Family(starts, setup, teacher, params, seen, nfes, blocks, scheme)
     for index, run, best in epochs_of([Run(problem, teacher, params, seed)]):
         yield FamilyEpoch(index, run.train_loss, run.valid_loss, run.solver, best)

@@ -180,7 +180,7 @@ def _explore(
         picture.set_title(
             f"mean error of {len(JUDGED)} noises: {error:.3f}\n"
             f"start: {at_start:.3f}, to beat: {goal:.3f}{', beaten' if beaten else ''}",
-            color=plot.COLORS[2] if beaten else plot.INK,
+            color=plot.GREEN if beaten else plot.INK,
         )
         figure = cast(Figure, picture.figure)
         if fresh:
