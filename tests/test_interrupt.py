@@ -9,6 +9,7 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 
 import s4s_core as s4s
+from s4s_core.experiments import run as run_module
 
 LOST = r"\*_, .*learn|(list\(|\[\*)(s4s\.)?learn"  # an interrupt would leave nothing of these
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -49,6 +50,26 @@ def test_a_second_interrupt_stops_everything(mixture, one_sentence, monkeypatch)
     monkeypatch.setattr(time, "sleep", interrupted)
     with one_sentence("interrupted twice", "run this again"):
         s4s.collect(epochs(mixture(), stop_at=1))
+
+
+def test_an_interrupt_of_several_runs_keeps_those_that_have_ended(
+    tmp_path, monkeypatch, one_sentence
+):
+    monkeypatch.setenv("S4S_RESULTS", str(tmp_path))
+    todo = s4s.sweep({"fid_samples": 100}, dataset="mixture", nfe=[3, 4, 5])
+    finish, asked = run_module.run, []
+
+    def interrupted(experiment):
+        asked.append(experiment.nfe)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return finish(experiment)
+
+    monkeypatch.setattr(run_module, "run", interrupted)
+    with one_sentence("1 of 3 runs have ended and are kept", "run this again"):
+        s4s.run_all(todo, workers=1)
+    assert [experiment.path().exists() for experiment in todo] == [True, False, False]
+    assert s4s.run_all(todo, workers=1)["nfe"].tolist() == [3, 4, 5]
 
 
 @pytest.mark.kernel

@@ -356,7 +356,8 @@ def run_all(
 
     A run that fails takes no other with it, and what it has learned and measured is kept. Where its
     worker was lost it is tried again once. When all others are done, RunsFailedError says in a line
-    each which runs failed and why; the only run that there is raises its own error.
+    each which runs failed and why; the only run that there is raises its own error. An interrupt
+    keeps the runs that have ended, and raises UsageError.
 
     `run` gives the solver and the history behind a row.
     """
@@ -378,12 +379,19 @@ def run_all(
     missing = {path: e for _, e in todo if not (path := e.path()).exists()}
     results: dict[Path, Result] = {}
     if missing:
-        with (
-            _executor(workers, executor, next(iter(missing)).parent) as (chosen, at_once),
-            progress(total=len(missing), desc="runs") as bar,
-        ):
-            plans = {path: _plan(e) for path, e in missing.items()}
-            results, errors = carry_out(plans, chosen, at_once, bar.update)
+        try:
+            with (
+                _executor(workers, executor, next(iter(missing)).parent) as (chosen, at_once),
+                progress(total=len(missing), desc="runs") as bar,
+            ):
+                plans = {path: _plan(e) for path, e in missing.items()}
+                results, errors = carry_out(plans, chosen, at_once, bar.update)
+        except KeyboardInterrupt:
+            kept = sum(path.exists() for path in missing)
+            raise UsageError(
+                f"interrupted: {kept} of {len(missing)} runs have ended and are kept; run this "
+                "again for the others"
+            ) from None
         if errors and len(missing) == 1:
             raise errors.popitem()[1]
         if errors:
