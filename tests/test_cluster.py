@@ -167,36 +167,14 @@ def test_a_run_goes_on_with_the_shards_that_are_there(monkeypatch, results):
     assert left == {"teacher", "result"}
 
 
-MEMORY = """
-import resource, sys
-import torch
-import s4s_core as s4s
-from s4s_core.experiments import run as run_module
-n, run_module.SHARD = int(sys.argv[1]), 100
-setup = s4s.load("cifar10_tiny", fid_samples=n, sample_batch_size=100, teacher_nfe=2,
-                 teacher_solver="ddim", teacher_order=1)
-setup = setup.variant(
-    name="large", shape=(3, 64, 64), condition=None, data=lambda: torch.randn(100, 3, 64, 64),
-    features=lambda x: x.flatten(1)[:, ::500], denoiser=lambda x, t: 0.5 * x,
-)
-run_module._setup = lambda experiment: setup
-experiment = s4s.Experiment("cifar10_tiny", solver="ddim", order=1, nfe=1,
-                            settings={"fid_samples": n})
-result = s4s.run(experiment)
-assert result.distance_to_teacher > 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-
-
 @pytest.mark.slow
 def test_the_memory_of_a_run_does_not_grow_with_its_samples(monkeypatch, tmp_path):
     peaks = []
     for n in (100, 1100):  # 96 KB each in float64, and twice that with the teacher's
-        process = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(n)], capture_output=True, text=True
-        )
+        command = [sys.executable, ROOT / "tests/benchmarks/memory.py", str(n), "100", "500"]
+        process = subprocess.run(command, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
-        peaks.append(int(process.stdout))
+        peaks.append(int(process.stdout.split(",")[-1]))
     assert peaks[1] - peaks[0] < 80, peaks
 
 

@@ -54,6 +54,12 @@ def test_a_notebook_says_the_runtime_that_was_measured(name):
     assert said in ([], [runtimes.in_words(float(runtimes.measured()[name]["seconds"]))])
 
 
+def test_the_memory_of_many_samples_is_what_was_measured():
+    row = pandas.read_csv(ROOT / "tests" / "benchmarks" / "memory.csv").iloc[-1]
+    said = f"{row['samples']:,}".replace(",", " ") + " of 3x64x64"
+    assert said in README and f"take {row['peak_MB'] / 1000:.1f} GB" in README
+
+
 def test_the_table_of_runtimes_is_of_notebooks_that_are_there():
     assert runtimes.measured()
     for name, row in runtimes.measured().items():

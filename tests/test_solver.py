@@ -1213,3 +1213,14 @@ def test_a_solver_of_another_model_warns_and_names_both(noise):
         solver.sample(of_model(denoiser, model), 80 * noise(0, 2, 3))
     with pytest.warns(UserWarning, match="digits.*not for .*ecg"):
         Solver.from_dict(solver.to_dict()).sample(of_model(denoiser, other), 80 * noise(0, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["digits", "ecg"])
+def test_a_state_in_single_precision_changes_nothing_that_matters(name):
+    setup = s4s.load(name)
+    x_T, D = s4s.initial_noise(setup, range(16)), setup.denoiser_for(range(16))
+    grid = s4s.time_logsnr(setup.schedule, 5)
+    for solver in (setup.teacher, s4s.Solver(s4s.ipndm(grid, 3), grid)):
+        double, single = solver.sample(D, x_T), solver.sample(D, x_T.float())
+        assert single.dtype == torch.float32
+        assert (double - single).norm() < 1e-5 * double.norm()
