@@ -51,8 +51,8 @@ def point(x, y):
     return figure
 
 
-def png(figure) -> bytes:
-    return plot.picture(figure, DOT).data
+def png(x: float, y: float, small: bool = False) -> bytes:
+    return plot.picture(point(x, y), DOT, small=small).data
 
 
 def test_moving_a_slider_draws_the_new_value_and_keeps_the_others(front_end):
@@ -60,17 +60,17 @@ def test_moving_a_slider_draws_the_new_value_and_keeps_the_others(front_end):
     controls, first = front_end
     x, y, reset = controls.children
     assert (x.min, x.value, x.max, x.description) == (0, 0.5, 1, "x")
-    assert first == png(point(0.5, 0.25))
+    assert first == png(0.5, 0.25, small=True)
     y.value = 0.75
     x.value = 0.1
-    assert front_end[2] == png(point(0.5, 0.75))
-    assert front_end[3] == png(point(0.1, 0.75))
+    assert front_end[2] == png(0.5, 0.75)
+    assert front_end[3] == png(0.1, 0.75)
     assert len(front_end) == 4
     reset.click()  # both go back, and one picture is drawn
     assert (x.value, y.value) == (0.5, 0.25)
-    assert front_end[4:] == [first]
+    assert front_end[4:] == [png(0.5, 0.25)]
     x.value = 0.1
-    assert front_end[5] == png(point(0.1, 0.25))
+    assert front_end[5] == png(0.1, 0.25)
 
 
 @pytest.mark.parametrize("missing", ["ipywidgets", "kernel"])
@@ -81,7 +81,7 @@ def test_without_a_front_end_the_picture_of_the_start_stands_alone(front_end, mo
         monkeypatch.setitem(sys.modules, "ipywidgets", None)
     interactive.sliders(point, DOT, x=(0.0, 0.5, 1.0), y=(0.0, 0.25, 1.0))
     (shown,) = front_end
-    assert shown == png(point(0.5, 0.25))
+    assert shown == png(0.5, 0.25, small=True)
 
 
 @pytest.mark.kernel
@@ -136,11 +136,11 @@ def pictures(monkeypatch):
     """(title, its colour, lines in the plane, lines in the strip) of each picture with sliders."""
     found, picture = [], plot.picture
 
-    def record(figure, alt):
+    def record(figure, alt, small):
         lines = ([line.get_xydata().copy() for line in ax.lines] for ax in figure.axes)
         title = figure.axes[0].title
         found.append((title.get_text(), title.get_color(), *lines))
-        return picture(figure, alt)
+        return picture(figure, alt, small=small)
 
     monkeypatch.setattr(plot, "picture", record)
     return found

@@ -751,23 +751,28 @@ def _mark_phases(ax: Axes, epochs: "Sequence[Epoch]") -> None:
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def picture(drawn: Axes | Figure, alt: str, crop: bool = False) -> Any:
+def picture(drawn: Axes | Figure, alt: str, crop: bool = False, small: bool = True) -> Any:
     """Return a figure as an IPython Image of its own size in twice the pixels, and close it.
 
-    alt   one sentence that says what is seen, for those who do not see it
-    crop  whether to cut the empty margins off, as notebooks do
+    alt    one sentence that says what is seen, for those who do not see it
+    crop   whether to cut the empty margins off, as notebooks do
+    small  whether to take the time for a small file, which one that is not kept is not worth
     """
     from IPython.display import Image
     from PIL import Image as pillow
 
     figure: Any = drawn.figure
-    content, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(content, dpi=2 * figure.dpi, bbox_inches="tight" if crop else None)
+    content = io.BytesIO()
+    look = {"dpi": 2 * figure.dpi, "bbox_inches": "tight" if crop else None}
+    figure.savefig(content, **look, pil_kwargs={"compress_level": 1})
     plt.close(figure)  # or a notebook would show it once more
-    image = pillow.open(content).convert("RGB")
-    image.quantize(method=pillow.Quantize.MAXCOVERAGE).save(small, "png", optimize=True)
-    width, height = image.size
-    return Image(small.getvalue(), width=width // 2, height=height // 2, alt=alt)
+    image = pillow.open(content)
+    width, height = (side // 2 for side in image.size)
+    if small:
+        content = io.BytesIO()
+        palette = image.convert("RGB").quantize(method=pillow.Quantize.MAXCOVERAGE)
+        palette.save(content, "png", optimize=True)
+    return Image(content.getvalue(), width=width, height=height, alt=alt)
 
 
 def show(drawn: Axes | Figure, alt: str) -> None:

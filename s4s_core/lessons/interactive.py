@@ -34,8 +34,8 @@ def sliders(draw: Callable[..., Figure], alt: str, **ranges: Range) -> None:
     from IPython import get_ipython
     from IPython.display import display
 
-    def picture() -> Any:
-        return plot.picture(draw(**values), alt)
+    def picture(small: bool = False) -> Any:
+        return plot.picture(draw(**values), alt, small=small)
 
     def move(change: Any) -> None:
         name = change.owner.description
@@ -58,7 +58,7 @@ def sliders(draw: Callable[..., Figure], alt: str, **ranges: Range) -> None:
         for control in moving:
             control.observe(move, "value")
         button.on_click(reset)
-    shown = display(picture(), display_id=True)
+    shown = display(picture(small=True), display_id=True)
 
 
 def _controls(ranges: dict[str, Range]) -> Any:
