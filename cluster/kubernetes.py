@@ -4,7 +4,8 @@
     S4S_EXECUTOR=cluster/kubernetes.py papermill notebooks/... runs/...
 
 Run it in a pod of the same cluster, which the workers reach by its address. The image holds this
-package and Parsl; the volume holds $S4S_RESULTS and $TORCH_HOME, at the same place in every pod.
+package and Parsl; the volume holds $S4S_RESULTS, $S4S_HOME and $TORCH_HOME, at the same place in
+every pod.
 Nobody has run this file in our tests: it needs a cluster.
 """
 

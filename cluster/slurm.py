@@ -4,7 +4,7 @@
     S4S_EXECUTOR=cluster/slurm.py papermill notebooks/... runs/...
 
 Run it on the login node or in a small job. $S4S_RESULTS must be on a file system that all nodes
-share; so must be this environment and $TORCH_HOME.
+share; so must be this environment, $S4S_HOME and $TORCH_HOME, where `s4s fetch` puts files.
 """
 
 from parsl import Config

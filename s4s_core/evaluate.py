@@ -63,7 +63,7 @@ def feature_sums(features: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
 
 
 def merge(*parts: FeatureSums) -> FeatureSums:
-    """Return the sums over all the parts' samples together."""
+    """Return the sums over all the parts' samples together; UsageError where there is no part."""
     if not parts:
         raise UsageError("there are no samples to take features of")
     n, shift = sum(p.n for p in parts), parts[0].mean

@@ -1,6 +1,7 @@
 """What is minimised: the distance to the teacher's end point, with a little freedom in x_T."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,6 +119,23 @@ def _lpips(
     return metric, prepare
 
 
+def lpips_trunk(net: str = "vgg") -> Path:
+    """Return torchvision's file of the trunk of LPIPS, downloaded if it is not there.
+
+    Raises UsageError as `lpips_distance` does.
+    """
+    _lpips(net, 0, "cpu")
+    from torchvision import models
+
+    trunks = {
+        "vgg": models.VGG16_Weights,
+        "squeeze": models.SqueezeNet1_1_Weights,
+        "alex": models.AlexNet_Weights,
+    }
+    name = trunks[net].IMAGENET1K_V1.url.rpartition("/")[2]
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
 def lpips_embedding(
     net: str = "vgg", resize: int = 0, device: str | torch.device = "cpu"
 ) -> Embedding:
@@ -138,7 +156,10 @@ def lpips_embedding(
 
 
 def decoded_distance(distance: Distance, decode: Callable[[Tensor], Tensor]) -> Distance:
-    """Return the distance between the images of two latents, the target's without gradient."""
+    """Return the distance between the images of two latents, the target's without gradient.
+
+    decode  latents (B, c, h, w) -> images (B, C, H, W); the distance is that of the images, (B,)
+    """
 
     def between(x: Tensor, target: Tensor) -> Tensor:
         with torch.no_grad():

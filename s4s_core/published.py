@@ -250,6 +250,7 @@ def dpm_solver(grid: TimeGrid, order: int = 2, prediction: str = "noise") -> Sin
     """Return single-step DPM-Solver-2 or -3 (Lu et al. 2022a); "data": DPM-Solver++(2S), (3S).
 
     `grid` holds the ends of the steps; each takes `order` calls, at 1/2 or 1/3 and 2/3 of h.
+    Raises UsageError for another order and another form.
     """
     choose("prediction form", prediction, PREDICTIONS)
     if order not in (2, 3) or isinstance(order, bool):

@@ -103,8 +103,9 @@ class TeacherSet:
 def make_teacher_set(
     setup: Setup, n_train: int | None = None, n_valid: int | None = None, seed: int = 0
 ) -> TeacherSet:
-    """Solve n_train + n_valid noises with the setup's teacher solver.
+    """Return n_train + n_valid noises and the teacher's samples from them, (n, *shape) on the CPU.
 
+    Raises UsageError for sizes that are no whole numbers, or too large for one set.
     Sizes are the setup's (params/) unless given. Sets of different `seed` share no noise, with
     each other or with seeds below a million.
     """

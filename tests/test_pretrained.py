@@ -117,6 +117,12 @@ SMALL = {
 ORDER = {"orders": [3], "nfes": [3], "seeds": [0]}
 
 
+def test_fetching_names_all_files_that_a_dataset_reads(placed):
+    names = [path.name for path in zoo.fetch_files("cifar10")]
+    assert names[-1] == "vgg16-397923af.pth" and "weights-inception" in names[-3]
+    assert len(names) == 4 and all(path.exists() for path in zoo.fetch_files("cifar10"))
+
+
 @pytest.mark.kernel
 def test_papermill_runs_the_order_ablation_on_a_pretrained_model(tmp_path, folders):
     settings = json.dumps({"cifar10": SMALL})

@@ -79,6 +79,7 @@ def cheapest_path(cost: Tensor, steps: int, coefficient: float = 1.0) -> list[in
 
     That is the sum over k of coefficient^k cost[i_k, i_(k+1)].
     cost (M, M), read above its diagonal; coefficient > 0. Dynamic programming from the end.
+    Raises UsageError for more steps than M - 1, or none.
     """
     last = len(cost) - 1
     if not 1 <= steps <= last:

@@ -24,6 +24,7 @@ from ..denoiser import (
 )
 from ..errors import UsageError, choose, shown
 from ..evaluate import FeatureStatistics, FeatureSums
+from ..objective import lpips_trunk
 from ..params import PACKAGE, Params, load_params
 from ..schedule import EDM, NAMED_SCHEDULES
 from ..setup import Setup
@@ -181,11 +182,16 @@ def reference(dataset: str, params: Params) -> str:
 
 
 def fetch_files(dataset: str) -> list[Path]:
-    """Download all files that a model and its evaluation need, and return their paths."""
+    """Download all files that a model, its evaluation and its distance need; return their paths.
+
+    Raises UsageError for one that cannot be had.
+    """
     params, model = load_params(dataset), choose("dataset", dataset, _MODELS)
     paths = model.files(dataset, params)
     if model.judged_by_inception:
         paths += [inception_weights() or fetch(INCEPTION_URL, INCEPTION_SHA256), _reference(params)]
+    if params.distance == "lpips":
+        paths.append(lpips_trunk(params.lpips_net))
     return paths
 
 
