@@ -7,6 +7,7 @@ import os
 import platform
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -193,6 +194,12 @@ def die_once(mark):
         die()
     return "alive"
 
+def refuse(mark):
+    with open(mark, "a") as file:
+        file.write(".")
+    import s4s_core
+    raise s4s_core.UsageError("edm-cifar10.pkl is not here: s4s fetch cifar10")
+
 def gpu(seconds):
     time.sleep(seconds)
     return os.environ["CUDA_VISIBLE_DEVICES"]
@@ -276,6 +283,39 @@ def test_a_killed_worker_takes_no_other_task_with_it(two_workers, jobs, tmp_path
     values, errors = carry_out({name: plans[name] for name in names}, two_workers, 64)
     assert values == {"once": ["alive"]} | {i: [i * i] for i in range(8)}
     assert list(errors) == ["always"]
+
+
+@both
+def test_what_a_worker_refuses_is_told_as_it_said_it_and_not_tried_again(
+    two_workers, jobs, tmp_path
+):
+    plans = {"refused": plan({"refused": (jobs.refuse, str(tmp_path / "mark"))})}
+    _, errors = carry_out(plans, two_workers, 64)
+    assert isinstance(errors["refused"], s4s.UsageError)
+    assert str(errors["refused"]) == "edm-cifar10.pkl is not here: s4s fetch cifar10"
+    assert (tmp_path / "mark").read_text() == "."
+
+
+@pytest.mark.slow
+@both
+def test_a_worker_killed_in_the_middle_of_a_sweep_costs_no_run(
+    two_workers, jobs, results, tmp_path, monkeypatch
+):
+    pid = two_workers.submit(os.getpid).result()
+    todo = sweep(nfe=[3, 4, 5])
+
+    def kill():
+        wait_for(lambda: any(results.rglob("learned_*")))
+        os.kill(pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as beside:
+        killed = beside.submit(kill)
+        rows = s4s.run_all(todo, executor=two_workers)
+        killed.result()
+    monkeypatch.setenv("S4S_RESULTS", str(tmp_path / "here"))
+    here = s4s.run_all(todo, workers=1)
+    columns = [name for name in here if name != "seconds"]
+    assert rows[columns].equals(here[columns])
 
 
 def test_results_of_a_cluster_are_those_of_this_process(parsl, results, tmp_path, monkeypatch):
@@ -450,6 +490,26 @@ def test_two_clusters_on_one_folder_are_told(results, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "another notebook has a cluster at work" in line and "nothing is lost" in line
     assert len(rows) == 4
+
+
+def test_two_clusters_at_work_at_once_end_with_the_same_results(results, capsys):
+    with ThreadPoolExecutor(2) as notebooks, ThreadPoolExecutor(1) as a, ThreadPoolExecutor(1) as b:
+        both = [notebooks.submit(s4s.run_all, sweep(), executor=one) for one in (a, b)]
+        first, second = (future.result() for future in both)
+    assert capsys.readouterr().err.count("another notebook has a cluster at work") == 1
+    columns = [name for name in first if name != "seconds"]
+    assert first[columns].equals(second[columns]) and len(first) == 4
+
+
+@pytest.mark.slow
+def test_the_shipped_file_for_a_laptop_carries_out_a_sweep(results, tmp_path, monkeypatch):
+    monkeypatch.setenv("S4S_EXECUTOR", str(ROOT / "cluster" / "laptop.py"))
+    rows = s4s.run_all(sweep(nfe=3))
+    assert (results / "parsl").is_dir()
+    monkeypatch.setenv("S4S_RESULTS", str(tmp_path / "here"))
+    here = s4s.run_all(sweep(nfe=3), workers=1)
+    columns = [name for name in here if name != "seconds"]
+    assert rows[columns].equals(here[columns])
 
 
 @pytest.mark.parametrize("name", ["laptop", "slurm", "kubernetes"])
