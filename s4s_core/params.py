@@ -120,6 +120,7 @@ class Params:
     offset_fraction: float = setting(0.5, "alpha of E.2, a share of the gap", at_least=0, at_most=1)
     gits_coefficient: float = setting(1.15, "above 1 GITS wants small costs late", above=0)
     statistics_points: int = setting(60, "values of lam that dpm_solver_v3 measures", at_least=4)
+    statistics_samples: int = setting(0, "for these; 0 takes the n_train pairs", at_least=0)
     ld3_order: int = setting(3, "order of the solver that an ld3 grid is learned for", above=0)
     ld3_start: str = setting("logsnr", "grid that an ld3 grid starts from", choices=GRIDS)
     rematerialize: bool = setting(False, "compute activations again in the backward pass")

@@ -560,6 +560,15 @@ def test_the_statistics_of_dpm_solver_v3_have_the_sizes_that_are_set():
     setups = [s4s.load("mixture", **few, statistics_points=n) for n in (4, 6)]
     assert [len(run_module._statistics(setup, 0)[0].lam) for setup in setups] == [4, 6]
     assert s4s.load_params("mixture").statistics_points == 60
+    few |= {"statistics_points": 4}
+    of_pairs, same, of_more = (
+        run_module._statistics(s4s.load("mixture", **few, statistics_samples=n), 0)[0]
+        for n in (0, 5, 40)
+    )
+    teacher = s4s.make_teacher_set(setup := s4s.load("mixture", **few), 40, 1, 0)
+    expected = s4s.model_statistics(setup, teacher.train[1], 4, seeds=teacher.seeds[:40])
+    assert torch.equal(of_pairs.l, same.l) and torch.equal(of_more.l, expected.l)
+    assert not torch.equal(of_pairs.l, of_more.l)
 
 
 @pytest.mark.parametrize(("name", "weighting"), [("LDM", "latent"), ("VPLinear", "pixel")])

@@ -146,9 +146,10 @@ def cost(experiments: Iterable[Experiment]) -> Counter[str]:
                 "forward": 256 * 60
             }
         if e.solver == DPM_SOLVER_V3:
-            sets.append((p.n_train, p.n_valid))
-            looks = 2 * p.statistics_points * p.n_train * FORWARD_MODE
-            model = (teacher, e.seed, p.n_train, p.statistics_points)
+            n = p.statistics_samples or p.n_train
+            sets.append((n, p.n_valid if n == p.n_train else 1))
+            looks = 2 * p.statistics_points * n * FORWARD_MODE
+            model = (teacher, e.seed, n, p.statistics_points)
             parts["statistics", model] = {"forward": looks}
         for pairs in sets:
             parts["pairs", teacher, e.seed, pairs] = {

@@ -433,7 +433,8 @@ def _plan(experiment: Experiment) -> Plan:
         shared["grid", _representative_for_grid(experiment).path()] = (initial_solver, experiment)
     if experiment.solver == DPM_SOLVER_V3:
         p = experiment.params
-        model = (experiment.dataset, experiment.seed, p.n_train, p.statistics_points)
+        n = p.statistics_samples or p.n_train
+        model = (experiment.dataset, experiment.seed, n, p.statistics_points)
         shared["statistics", model] = (initial_solver, experiment)
     if shared:
         yield shared
@@ -641,14 +642,18 @@ def _statistics(setup: Setup, seed: int) -> tuple[ModelStatistics, float]:
     """The model statistics at the teacher's samples and the seconds they took, cached."""
 
     def make() -> dict[str, Tensor]:
-        teacher = cached_teacher_set(setup, seed, alt=False)
+        if n == p.n_train:
+            teacher = cached_teacher_set(setup, seed, alt=False)
+        else:
+            teacher = make_teacher_set(setup, n, 1, seed)
         assert teacher.seeds is not None
         seeds, began = teacher.seeds[: teacher.n_train], time.perf_counter()
         tables = vars(model_statistics(setup, teacher.train[1], points, seeds=seeds))
         return {**tables, "seconds": torch.tensor(time.perf_counter() - began)}
 
-    points = setup.params.statistics_points
-    config = {"n_train": setup.params.n_train, "points": points, "seed": seed}
+    p = setup.params
+    n, points = p.statistics_samples or p.n_train, p.statistics_points
+    config = {"n_train": n, "points": points, "seed": seed}
     tables = cached_tensors(setup, "model_statistics", config, make)
     seconds = tables.pop("seconds").item()
     return ModelStatistics(**tables), seconds
