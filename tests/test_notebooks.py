@@ -34,7 +34,8 @@ LONG = {
     | {"grids": ["edm", "ld3"], "solvers": ["ipndm"], "nfes": [3], "rival_nfes": [3], "target": 3},
     "figure_coefficient_pca": PLANE | {"nfe": 3, "epochs": 1},
     "pictures": {"dataset": "digits", "settings": {"digits": LEAST}, "solvers": ["unipc"]}
-    | {"nfes": [3], "shown": 3, "distances": ["features", "l2"], "n": 4, "seeds": [0], "flow": ""},
+    | {"nfes": [3], "shown": 3, "distances": ["features", "l2"], "picked": [0, 3], "seeds": [0]}
+    | {"flow": "digits"},
     "ablation_guidance": {"guidances": [1.0, 2.0], "solvers": ["unipc"], "nfe": 3, "order": 2}
     | {"n": 2, "careful_nfe": 6, "fid_samples": 20, "sizes": {"n_train_alt": 8, "n_valid_alt": 4}}
     | {"settings": {"cifar10_tiny": {"teacher_nfe": 4, "newton_batch_size": 8, "epochs": 1}}},
