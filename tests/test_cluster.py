@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import getpass
+import json
 import os
 import platform
 import runpy
@@ -492,13 +493,30 @@ def test_two_clusters_on_one_folder_are_told(results, capsys):
     assert len(rows) == 4
 
 
-def test_two_clusters_at_work_at_once_end_with_the_same_results(results, capsys):
-    with ThreadPoolExecutor(2) as notebooks, ThreadPoolExecutor(1) as a, ThreadPoolExecutor(1) as b:
-        both = [notebooks.submit(s4s.run_all, sweep(), executor=one) for one in (a, b)]
-        first, second = (future.result() for future in both)
-    assert capsys.readouterr().err.count("another notebook has a cluster at work") == 1
-    columns = [name for name in first if name != "seconds"]
-    assert first[columns].equals(second[columns]) and len(first) == 4
+def test_threads_of_one_process_learn_what_one_thread_learns(tmp_path, monkeypatch):
+    rows = []
+    for threads in (1, 3):
+        monkeypatch.setenv("S4S_RESULTS", str(tmp_path / str(threads)))
+        with ThreadPoolExecutor(threads) as pool:
+            rows.append(s4s.run_all(sweep(grid=["edm", "logsnr"]), executor=pool))
+    one, three = (found.drop(columns="seconds") for found in rows)
+    assert one.equals(three)
+
+
+@pytest.mark.slow
+def test_two_notebooks_at_work_on_one_folder_end_with_the_same_results(tmp_path):
+    code = "import sys, json, s4s_core as s4s\n"
+    code += "from s4s_core.experiments.executors import ThisProcess\n"
+    code += "todo = s4s.sweep(**json.loads(sys.argv[1]))\n"
+    code += "rows = s4s.run_all(todo, executor=ThisProcess())\n"
+    code += "print(rows.drop(columns='seconds').to_json())"
+    given = {"settings": TINY, "dataset": "mixture", "order": 2, "nfe": [3, 4]}
+    command = [sys.executable, "-c", code, json.dumps(given | {"learn": "coefficients"})]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, **streams) for _ in range(2)]
+    told = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    assert told[0][0] == told[1][0] and "distance_to_teacher" in told[0][0]
 
 
 @pytest.mark.slow

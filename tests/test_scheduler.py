@@ -285,12 +285,12 @@ def test_a_pipeline_is_saved_and_loaded(text, noise, tmp_path):
     expected = run(pipeline, z, 5, **PROMPT)
     pipeline.save_pretrained(tmp_path)
     again = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.float64))
-    assert torch.equal(run(again, z, 5, **PROMPT), expected)
+    same(run(again, z, 5, **PROMPT), expected, 1e-9)
     alone = type(pipeline.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
     assert alone.config == again.scheduler.config
     other = stable_diffusion(text)
     other.scheduler = alone
-    assert torch.equal(run(other, z, 5, **PROMPT), expected)
+    same(run(other, z, 5, **PROMPT), expected, 1e-9)
 
 
 SCRIPT = """
@@ -317,7 +317,7 @@ def test_a_shared_folder_samples_in_a_fresh_process_without_the_package(
     command = [sys.executable, "-I", "-c", SCRIPT]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "x.pt"), expected)
+    same(torch.load(tmp_path / "x.pt"), expected, 1e-9)  # another process may sum in another order
 
 
 def test_any_scheduler_can_take_its_place_again(text, noise):

@@ -71,6 +71,20 @@ def test_compare_names_the_best_and_says_whether_the_difference_is_clear():
     assert not any(line.startswith("| none | 4 |") for line in lines)  # one order alone
 
 
+def test_a_ranking_shows_all_settings_best_first_and_how_far_the_others_are_behind():
+    rows = [*runs("a", 4, 2.0, 2.1), *runs("b", 4, 1.0), *runs("c", 4, 1.05), *runs("a", 5, 3.0)]
+    ranked = tables.ranking(rows, {"frechet": 2, "seconds": 0})
+    assert str(ranked).splitlines()[2:] == [
+        "| 4 | b | 1.00 | 40 | - | - |",
+        "| 4 | c | 1.05 | 40 | 0.05 to 0.05 | yes |",
+        "| 4 | a | 2.05 | 40 | 0.81 to 1.25 | yes |",
+        "| 5 | a | 3.00 | 50 | - | - |",
+    ]
+    noisy = [*runs("b", 4, 1.0, 1.3), *runs("c", 4, 1.05, 1.3)]
+    *_, last = str(tables.ranking(noisy, {"frechet": 2})).splitlines()
+    assert last.startswith("| 4 | c | 1.18 | -") and last.endswith("| no |")
+
+
 def test_cells_better_counts_means_and_names_the_rest():
     rows = [
         row

@@ -129,8 +129,41 @@ def compare(
         low, high = difference(best, others[0], value)
         numbers.append(f"{_number(low, digits)} to {_number(high, digits)}")
         settings = [str(name) for (name,) in names[:2]]
-        lines.append([*map(str, group), *settings, *numbers, "yes" if clear else "no"])
+        lines.append([*map(str, group), *settings, *numbers, _yes(clear)])
     return _markdown(lines)
+
+
+def ranking(
+    rows: Rows,
+    values: Mapping[str, int],
+    by: str = "method",
+    within: Sequence[str] = ("nfe",),
+) -> Table:
+    """Return every setting of `by` in each group of `within`, the best first.
+
+    values  columns of `rows`, with the decimals to show, the first of which ranks: smaller is
+            better; each is a mean over the seeds
+
+    The last column is the interval of the difference to the first of the group, "clear" where it is
+    clearly behind.
+    """
+    lines = [[*within, by, *values, "behind the first by", "clear"]]
+    lines.append(["---"] * len(lines[0]))
+    first, digits = next(iter(values.items()))
+    for group, members in _groups(rows, within).items():
+        found = sorted(_groups(members, [by]).items(), key=lambda item: item[1][first].mean())
+        for place, ((name,), runs) in enumerate(found):
+            cells = [_number(runs[value].mean(), n) for value, n in values.items()]
+            gap = ["-", "-"]
+            if place:
+                low, high = difference(runs, found[0][1], first)
+                gap = [f"{_number(low, digits)} to {_number(high, digits)}", _yes(low > 0)]
+            lines.append([*map(str, group), str(name), *cells, *gap])
+    return _markdown(lines)
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
 
 
 def difference(a: Rows, b: Rows, value: str = "frechet") -> tuple[float, float]:
@@ -323,6 +356,6 @@ def calls_to_match(
         own = mean.xs(name, level="method").sort_index()
         enough = own.index[own[value] <= target] if name != method else [nfe]
         at = enough[0] if len(enough) else own[value].idxmin()
-        cell = [f"{own.loc[at, value]:.{digits}f}", "yes" if len(enough) else "no"]
+        cell = [f"{own.loc[at, value]:.{digits}f}", _yes(len(enough) > 0)]
         lines.append([name, str(at), *cell, f"{own.loc[at, 'seconds']:.0f}"])
     return _markdown(lines)
