@@ -203,6 +203,37 @@ def test_a_network_that_cannot_be_differentiated_is_learned_for(problem, kind):
     assert l2(last.best.sample(setup.denoiser, x_T), x_0).mean() < 0.5 * first.valid_loss
 
 
+@pytest.mark.filterwarnings("ignore:the answers of mixture.s network are noisy")
+@pytest.mark.parametrize("jacobian", ["auto", "differences"])
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_network_of_half_precision_is_learned_for(problem, precision, jacobian):
+    setup, _ = problem(precision=precision, jacobian=jacobian)
+    exact, half = setup.denoiser, getattr(torch, precision)
+
+    def rounded(x, t):
+        return exact(x.to(half).double(), t).to(half).double()
+
+    setup = replace(setup, denoiser=rounded)
+    teacher, grid = make_teacher_set(setup), time_logsnr(setup.schedule, 4)
+    start = Solver(s4s.ipndm(grid, 3), grid)
+    first, *_, last = learn_gauss_newton(start, setup, teacher)
+    x_T, x_0 = teacher.valid
+    assert l2(last.best.sample(rounded, x_T), x_0).mean() < 0.5 * first.valid_loss
+
+
+def test_on_a_linear_denoiser_the_flow_is_met_by_every_number_of_calls(problem):
+    setup, _ = problem()
+    gaussian = s4s.GaussianMixture([1.0], [[0.0, 0.0]], [1.0], setup.schedule)
+    setup = replace(setup, denoiser=gaussian)
+    x_T = make_teacher_set(setup).x_T
+    teacher = TeacherSet(x_T, x_T / (1 + setup.schedule.sigma(setup.schedule.T) ** 2) ** 0.5, 160)
+    for nfe in (1, 3):  # the columns of all weights are multiples of x_T: the rank is one
+        grid = time_edm(setup.schedule, nfe)
+        *_, last = learn_gauss_newton(Solver(s4s.ipndm(grid, nfe), grid), setup, teacher)
+        assert l2(last.best.sample(gaussian, teacher.valid[0]), teacher.valid[1]).max() < 1e-8
+        assert last.best.coefficients.b.isfinite().all() and last.best.grid.t.isfinite().all()
+
+
 def test_forward_mode_and_differences_agree_and_cost_what_they_cost(problem):
     setup, teacher = problem()
     network, found = Counting(setup.denoiser), {}

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 
 BLOCKS = 5  # of the evaluation noises, for intervals
+SAVE_EVERY = 60  # seconds of learning, after which the best solver so far is kept in a file
 SHARD = 1000  # samples: what one task draws, holds in memory, and loses with its worker
 # Experiments at a time on a cluster: with Inception's features the shards of one take 1.6 GB.
 AT_ONCE = 64
@@ -604,15 +605,20 @@ def _learned(
     # The rivals whose coefficients follow the current times do so in the authors' own code.
     follows = experiment.newton_blocks or experiment.learn in ("times", "generalised")
     scheme = {"scheme": partial(_table, experiment)} if follows else {}
-    history, best, began = [], solver, time.perf_counter()
+    history, best, so_far = [], solver, path.with_name(f"{path.stem}_best_so_far.json")
+    began = saved = time.perf_counter()
     try:
         counted = setup.variant(denoiser=counter)
         for epoch in learn(solver, counted, teacher, seed=experiment.seed, **scheme):
             best = epoch.best
             history.append(_record(epoch))
+            if time.perf_counter() - saved > SAVE_EVERY:  # who is killed cannot save
+                best.save(so_far)
+                saved = time.perf_counter()
     except (KeyboardInterrupt, LearningDivergedError):
-        best.save(path.with_name(f"{path.stem}_best_so_far.json"))
+        best.save(so_far)
         raise
+    so_far.unlink(missing_ok=True)
     costs = {"seconds": time.perf_counter() - began}
     return best, costs | {n: getattr(counter, n) for n in ("evaluations", "backward")}, history
 
