@@ -4,7 +4,9 @@
 ./do site --repository OWNER/NAME
 
 The pages ask the network for nothing: formulas are MathML, and pictures lie in the pages or beside
-them. With the address of a public repository, each notebook's page also links to Colab and Binder.
+them. With the address of a public repository, each notebook's page also links to Binder and Colab.
+The copy for Colab begins with a cell that installs the package unless it is there; it is read from
+the repository's branch gh-pages, which is where the site is to be published.
 A page lies where its file lies in the repository; links between files become links between pages.
 """
 
@@ -15,6 +17,7 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
+import nbformat
 import pdoc
 from jinja2 import DictLoader, Environment, FileSystemLoader
 from latex2mathml.converter import convert
@@ -37,6 +40,10 @@ CELLS = """
 {% else %}{{ super() }}{% endif %}
 {% endblock %}
 """
+INSTALL = """import importlib.util
+
+if not importlib.util.find_spec("s4s_core"):
+    %pip install --quiet git+https://github.com/{}"""
 
 
 class MathRenderer(IPythonRenderer):
@@ -83,6 +90,14 @@ def reference() -> str:
     listed.__dict__["__all__"] = public_names()
     pdoc.render.configure(show_source=False, template_directory=HERE)
     return pdoc.render.html_module(pdoc.doc.Module(listed), all_modules={})
+
+
+def for_colab(path: Path, repository: str) -> nbformat.NotebookNode:
+    """Return a notebook that installs the package first, unless it is there."""
+    notebook = nbformat.read(ROOT / path, nbformat.NO_CONVERT)
+    cell = nbformat.v4.new_code_cell(INSTALL.format(repository), id="install")
+    notebook.cells.insert(0, cell)
+    return notebook
 
 
 def reading_order() -> list[Path]:
@@ -170,6 +185,10 @@ def build(folder: Path, repository: str | None = None, only: list[Path] | None =
             waiting += linked
         else:
             shutil.copy(ROOT / path, there)
+    if repository:
+        (folder / "colab").mkdir()
+        for path in order:
+            nbformat.write(for_colab(path, repository), folder / "colab" / path.name)
 
 
 def repository_name(text: str) -> str:

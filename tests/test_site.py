@@ -7,7 +7,9 @@ import subprocess
 from html import unescape
 from pathlib import Path
 
+import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from test_explorable import BROWSER
 
 import s4s_core as s4s
@@ -86,10 +88,25 @@ def test_badges_need_a_repository(tmp_path, site):
     assert not any("colab" in html for html in pages(site).values())
     order = BUILD["reading_order"]()
     html = BUILD["page"](ONLY[0], order, "ada/s4s")
-    notebook = "ada/s4s/blob/HEAD/notebooks/01_noise_schedules.ipynb"
+    notebook = "ada/s4s/blob/gh-pages/colab/01_noise_schedules.ipynb"
     assert f"https://colab.research.google.com/github/{notebook}" in html
     assert "mybinder.org/v2/gh/ada/s4s/HEAD?labpath=notebooks/01_noise_schedules.ipynb" in html
-    assert "git+https://github.com/ada/s4s" in html
+
+
+def test_a_copy_for_colab_installs_the_package_unless_it_is_there(tmp_path):
+    BUILD["build"](tmp_path / "site", "ada/s4s", only=ONLY)
+    copies = {path.stem: nbformat.read(path, 4) for path in tmp_path.glob("site/colab/*.ipynb")}
+    assert copies.keys() == {path.stem for path in ONLY}
+    shell, asked = InteractiveShell(), []
+    shell.register_magic_function(asked.append, magic_name="pip")
+    for name, notebook in copies.items():
+        nbformat.validate(notebook)
+        first, *rest = notebook.cells
+        original = ROOT / "notebooks" / f"{name}.ipynb"
+        assert [c.id for c in rest] == [c.id for c in nbformat.read(original, 4).cells]
+        assert shell.run_cell(first.source).success and not asked
+        assert shell.run_cell(first.source.replace("s4s_core", "s4s_missing")).success
+        assert asked.pop() == "install --quiet git+https://github.com/ada/s4s"
 
 
 @pytest.mark.parametrize("text", ["ada", "https://github.com/ada/s4s", "ada/s4s/x", 'a"/b'])
