@@ -37,7 +37,13 @@ LONG = {
     | {"nfes": [3], "shown": 3, "distances": ["features", "l2"], "picked": [0, 3], "seeds": [0]}
     | {"flow": "digits"},
     "ablation_guidance": {"guidances": [1.0, 2.0], "solvers": ["unipc"], "nfe": 3, "order": 2}
-    | {"n": 2, "careful_nfe": 6, "fid_samples": 20, "sizes": {"n_train_alt": 8, "n_valid_alt": 4}}
+    | {
+        "published_nfes": [3],
+        "n": 2,
+        "careful_nfe": 6,
+        "fid_samples": 20,
+        "sizes": {"n_train_alt": 8, "n_valid_alt": 4},
+    }
     | {"settings": {"cifar10_tiny": {"teacher_nfe": 4, "newton_batch_size": 8, "epochs": 1}}},
     "beyond_images": {"seeds": [0], "solvers": ["unipc"]}
     | {"grids": ["logsnr"], "nfes": [3], "compared": [3], "order": 2, "shown": 3, "n": 2}
@@ -60,6 +66,8 @@ SHORT = {
     "appendix_theory": {"drawn": 1000, "sizes": [125, 250]},
     "appendix_train_denoiser": {},
     "beyond_black_box": {"pairs": 8, "seeds": [0], "n_eval": 20, "nfe": 2, "order": 2},
+    "beyond_head": {"datasets": ["digits"], "pairs": {"digits": [24, 8]}, "blocks": 2}
+    | {"steps": 1, "epochs": 1, "fid_samples": 20, "settings": {"digits": {"teacher_nfe": 10}}},
     "bring_your_own_model": {"epochs": 2},
     "use_it_anywhere": {"nfes": [3, 4], "pairs": 60},
 }
