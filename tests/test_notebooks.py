@@ -52,8 +52,12 @@ LONG = {
     | {"judged_nfe": 3, "blocks": 2, "fid_samples": 100, "exact": {"teacher_nfe": 50}}
     | {
         "sizes": {"n_train_alt": 40, "n_valid_alt": 20},
-        "settings": {"digits": {"teacher_nfe": 10}},
+        "settings": {"digits": LEAST},
+        "others": {"LD3, 3 calls": {"grid": "ld3", "nfe": 3}},
     },
+    "beyond_linear": PLANE
+    | {"sizes": [20, 40], "orders": [1, 0], "states": [0, 1], "nfes": [3], "rival_sizes": [20]}
+    | {"rival": {"learner": "first_order", "epochs": 1}, "epochs": 1, "fid_samples": 100},
     "beyond_family": PLANE
     | {"nfes": [3, 4], "seen": [3], "seeds": [0], "fid_samples": 100}
     | {"sizes": {"n_train_alt": 24, "n_valid_alt": 8}},
