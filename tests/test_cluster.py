@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import getpass
-import json
 import os
 import platform
 import runpy
@@ -22,6 +21,7 @@ import pytest
 import torch
 from filelock import FileLock
 from test_experiment import TINY as FIRST_ORDER
+from test_experiment import script
 
 import s4s_core as s4s
 from s4s_core import errors as errors_module
@@ -504,16 +504,15 @@ def test_threads_of_one_process_learn_what_one_thread_learns(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_two_notebooks_at_work_on_one_folder_end_with_the_same_results(tmp_path):
-    code = "import sys, json, s4s_core as s4s\n"
-    code += "from s4s_core.experiments.executors import ThisProcess\n"
-    code += "todo = s4s.sweep(**json.loads(sys.argv[1]))\n"
-    code += "rows = s4s.run_all(todo, executor=ThisProcess())\n"
-    code += "print(rows.drop(columns='seconds').to_json())"
-    given = {"settings": TINY, "dataset": "mixture", "order": 2, "nfe": [3, 4]}
-    command = [sys.executable, "-c", code, json.dumps(given | {"learn": "coefficients"})]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, **streams) for _ in range(2)]
+def test_two_notebooks_at_work_on_one_folder_end_with_the_same_results(results):
+    code = f"""
+import s4s_core as s4s
+from s4s_core.experiments.executors import ThisProcess
+
+todo = s4s.sweep({TINY!r}, dataset="mixture", order=2, nfe=[3, 4], learn="coefficients")
+print(s4s.run_all(todo, executor=ThisProcess()).drop(columns="seconds").to_json())
+"""
+    started = [script(results, code) for _ in range(2)]
     told = [process.communicate() for process in started]
     assert [process.returncode for process in started] == [0, 0], told
     assert told[0][0] == told[1][0] and "distance_to_teacher" in told[0][0]

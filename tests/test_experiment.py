@@ -862,17 +862,25 @@ def test_an_interrupted_run_keeps_the_best_solver_so_far_and_no_result(monkeypat
 
 
 def test_a_run_that_is_killed_has_kept_the_best_solver_of_a_minute_ago(results):
-    code = "import os, s4s_core.experiments.run as module, s4s_core as s4s\n"
-    code += "def killed(*arguments, **options):\n"
-    code += "    for epoch in s4s.learn_coefficients(*arguments, **options):\n"
-    code += "        yield epoch\n"
-    code += "        if epoch.index == 2: os.kill(os.getpid(), 9)\n"
-    code += "module.SAVE_EVERY = 0\n"
-    code += "s4s.experiments.experiment.LEARN['coefficients'] = killed\n"
-    settings = {**TINY, "epochs": 3}
-    code += f"s4s.run(s4s.Experiment('mixture', nfe=4, learn='coefficients', settings={settings}))"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode == -9, process.stderr
+    code = f"""
+import os, signal
+import s4s_core as s4s
+from s4s_core.experiments import experiment, run
+
+def killed(*arguments, **options):
+    for epoch in s4s.learn_coefficients(*arguments, **options):
+        yield epoch
+        if epoch.index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run.SAVE_EVERY = 0
+experiment.LEARN["coefficients"] = killed
+settings = { ({**TINY, "epochs": 3})!r}
+s4s.run(s4s.Experiment("mixture", nfe=4, learn="coefficients", settings=settings))
+"""
+    process = script(results, code)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
     (name,) = files(results, "*best_so_far.json")
     (path,) = results.rglob(name)
     assert Solver.load(path).coefficients.b.isfinite().all()

@@ -51,6 +51,14 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.1e}"
 
 
+def _between(low: float, high: float, digits: int) -> str:
+    return f"{_number(low, digits)} to {_number(high, digits)}"
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
+
+
 def _markdown(lines: list[list[str]]) -> Table:
     return Table("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
 
@@ -98,7 +106,7 @@ def _cell(runs: pd.DataFrame, value: str, digits: int) -> str:
     text = _number(values.mean(), digits)
     if f"{value}_blocks" in runs and "n_sets" in runs and runs["n_sets"].notna().all():
         low, high = interval(_values(runs, value))
-        return f"{text} ({_number(low, digits)} to {_number(high, digits)})"
+        return f"{text} ({_between(low, high, digits)})"
     half = _number((values.max() - values.min()) / 2, digits)
     return f"{text} ± {half}" if values.count() > 1 else text
 
@@ -127,7 +135,7 @@ def compare(
         clear = all(is_clearly_less(best, other, value) for other in others)
         numbers = [_number(runs[value].mean(), digits) for runs in (best, others[0])]
         low, high = difference(best, others[0], value)
-        numbers.append(f"{_number(low, digits)} to {_number(high, digits)}")
+        numbers.append(_between(low, high, digits))
         settings = [str(name) for (name,) in names[:2]]
         lines.append([*map(str, group), *settings, *numbers, _yes(clear)])
     return _markdown(lines)
@@ -157,13 +165,9 @@ def ranking(
             gap = ["-", "-"]
             if place:
                 low, high = difference(runs, found[0][1], first)
-                gap = [f"{_number(low, digits)} to {_number(high, digits)}", _yes(low > 0)]
+                gap = [_between(low, high, digits), _yes(low > 0)]
             lines.append([*map(str, group), str(name), *cells, *gap])
     return _markdown(lines)
-
-
-def _yes(true: bool) -> str:
-    return "yes" if true else "no"
 
 
 def difference(a: Rows, b: Rows, value: str = "frechet") -> tuple[float, float]:
