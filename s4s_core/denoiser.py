@@ -5,6 +5,7 @@ carry its `schedule`; a solver made for another schedule then refuses it.
 """
 
 import itertools
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from .schedule import NoiseSchedule
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 # What a network is to this package: called with x (B, ...), t (B,) and perhaps a condition.
 Network = Callable[..., Tensor]
+# torch's levels of forward derivatives are the process's: of its threads one derives at a time.
+FORWARD_MODE = threading.RLock()
 
 
 class _Denoiser:

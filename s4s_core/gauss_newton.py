@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .denoiser import Denoiser
+from .denoiser import FORWARD_MODE, Denoiser
 from .errors import UsageError, choose, first_line, halve_batch, progress
 from .grid import LearnedGrid, TimeGrid
 from .learn import Epoch, LearningDivergedError, check_fit
@@ -57,9 +57,11 @@ def learn_gauss_newton(
     starts  further solvers to begin at. All begin on the same pairs, and after 16 steps only the
             one of the smallest validation loss goes on
 
-    A step takes newton_batch_size pairs, each of the first 16 a quarter of it, and looks at the
-    validation pairs after every 4: that is an `Epoch` here. It ends once 4 of these have not
-    lowered the validation loss by 1 %, or when it has been through all pairs `epochs` times.
+    A step takes newton_batch_size pairs, each of the first 16 a quarter of it. After every 4 comes
+    an `Epoch`: a look at the validation pairs, at the mean of what the second half of the steps
+    gave (not of the first 16), since a single step follows the chance of its batch. It ends once 4
+    of these have not lowered the validation loss by 1 %, or when it has been through all pairs
+    `epochs` times.
 
     Raises UsageError for a setting that is not read here, a distance that is no sum of squares, a
     solver that does not fit the setup, and a network whose answers are too noisy to be
@@ -128,22 +130,38 @@ class LeastSquares(Protocol):
 
 
 class Run:
-    """Learning from one start: its numbers theta, and what they cost on training and validation."""
+    """Learning from one start: theta after each step, and what is judged of it on validation."""
 
     def __init__(self, problem: LeastSquares, teacher: TeacherSet, params: Params, seed: int):
         self.problem = problem
-        self.theta = torch.zeros(problem.size, dtype=torch.float64)
+        self.path = [torch.zeros(problem.size, dtype=torch.float64)]
         self.memory = _Memory(problem.size, params.newton_damping)
         train, self.valid = torch.arange(len(teacher.x_T)).tensor_split([teacher.n_train])
         self.batches = _batches(len(train), params.newton_batch_size, params.epochs, seed)
         self.next = next(self.batches, None)
-        self.train_loss = self.problem.loss(self.theta, train[: len(self.valid)])
-        self.valid_loss = self.problem.loss(self.theta, self.valid)
+        self.train_loss = self.problem.loss(self.judged, train[: len(self.valid)])
+        self.valid_loss = self.problem.loss(self.judged, self.valid)
         self.level, self.stale = self.valid_loss, 0
 
     @property
+    def judged(self) -> Tensor:
+        """The mean of the second half of the steps, or the last one while batches are small.
+
+        A step follows the chance of its batch, and the mean of many does so less (Polyak and
+        Juditsky 1992).
+        """
+        steps = len(self.path) - 1
+        first = max(SMALL_STEPS, steps // 2) + 1 if self.settled else steps
+        return torch.stack(self.path[first:]).mean(0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the small batches are over, in which a stop would be chance."""
+        return len(self.path) - 1 > SMALL_STEPS
+
+    @property
     def solver(self) -> Any:
-        return self.problem.solver(self.theta)
+        return self.problem.solver(self.judged)
 
     @property
     def done(self) -> bool:
@@ -156,17 +174,20 @@ class Run:
             if (batch := self.next) is None:
                 break
             self.next = next(self.batches, None)
-            loss, g, G = self.problem.normal_equations(self.theta, batch)
+            theta = self.path[-1]
+            loss, g, G = self.problem.normal_equations(theta, batch)
             if not (math.isfinite(loss) and G.isfinite().all()):
                 message = "the network's answers were not finite; this error's .best is the best"
                 raise LearningDivergedError(f"{message} so far")
-            self.theta = self.theta + self.memory.step(self.problem, self.theta, batch, loss, g, G)
+            self.path.append(theta + self.memory.step(self.problem, theta, batch, loss, g, G))
             losses.append(loss)
         if losses:
             self.train_loss = sum(losses) / len(losses)
-        self.valid_loss = self.problem.loss(self.theta, self.valid)
-        fell = self.valid_loss < 0.99 * self.level
-        self.level, self.stale = (self.valid_loss, 0) if fell else (self.level, self.stale + 1)
+        self.valid_loss = self.problem.loss(self.judged, self.valid)
+        if self.valid_loss < 0.99 * self.level:
+            self.level, self.stale = self.valid_loss, 0
+        else:
+            self.stale += self.settled
 
 
 def _batches(n: int, size: int, epochs: int, seed: int) -> Iterator[Tensor]:
@@ -369,7 +390,8 @@ class Problem:
                 return e, e
 
             # The attention that has a forward derivative on every device, for the embedding.
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            attention = sdpa_kernel(SDPBackend.MATH)
+            with FORWARD_MODE, torch.no_grad(), attention, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own
                 J, e = torch.func.jacfwd(embedded, has_aux=True)(columns.new_zeros(len(chain)))
                 r = (e - self.embed(self.x_0[part])).double().flatten().cpu()
@@ -391,7 +413,7 @@ class Problem:
         forward = {"jvp": True, "differences": False, "auto": params.precision != "float32"}
         if forward[params.jacobian]:
             try:
-                with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                with FORWARD_MODE, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
                     torch.func.jvp(lambda x: network(x, t), (x,), (noise,))
                 return None
             except (RuntimeError, NotImplementedError) as error:

@@ -16,7 +16,7 @@ from s4s_core import (
     time_edm,
     time_logsnr,
 )
-from s4s_core.gauss_newton import Problem, Student
+from s4s_core.gauss_newton import PATIENCE, Problem, Run, Student
 from s4s_core.objective import (
     feature_embedding,
     l2,
@@ -293,6 +293,54 @@ def test_it_ends_where_the_validation_loss_no_longer_falls(problem):
     assert lowest[-1] > 0.96 * lowest[-5] and len(long) < 200
     one = list(learn_gauss_newton(start, setup, teacher, epochs=1))
     assert len(one) == 1 + 16 / 4 + 1  # 16 batches of 8 pairs, one of 32
+
+
+class Regression:
+    """Noisy linear regression: its least squares of all pairs is known, a batch's is by chance."""
+
+    size = 6
+
+    def __init__(self, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.A = torch.randn(2000, self.size, dtype=torch.float64, generator=generator)
+        self.y = self.A.sum(1) + 3 * torch.randn(2000, dtype=torch.float64, generator=generator)
+
+    def solver(self, theta):
+        return theta
+
+    def loss(self, theta, pairs):
+        return (self.A[pairs] @ theta - self.y[pairs]).square().mean().item()
+
+    def normal_equations(self, theta, pairs):
+        A, r = self.A[pairs], self.A[pairs] @ theta - self.y[pairs]
+        return r.square().mean().item(), A.T @ r / len(A), A.T @ A / len(A)
+
+
+def test_the_mean_of_the_steps_is_nearer_to_the_optimum_than_the_last(problem):
+    params, pairs = problem()[0].params, torch.zeros(2000, 1)
+    last, mean = [], []
+    for seed in range(20):
+        of = Regression(seed)
+        run = Run(of, TeacherSet(pairs, pairs, 1600), params, seed)
+        for _ in range(12):
+            run.advance()
+        optimum = torch.linalg.lstsq(of.A[:1600], of.y[:1600, None]).solution[:, 0]
+        last.append((run.path[-1] - optimum).norm())
+        mean.append((run.judged - optimum).norm())
+    assert sum(mean) < 0.8 * sum(last)
+
+
+def test_no_stop_is_made_of_the_small_batches(problem):
+    class Flat(Regression):
+        def loss(self, theta, pairs):
+            return 1.0
+
+    params, pairs = problem()[0].params, torch.zeros(2000, 1)
+    run, looks = Run(Flat(0), TeacherSet(pairs, pairs, 1600), params, 0), 0
+    while not run.done:
+        run.advance()
+        looks += 1
+    assert looks == 16 / 4 + PATIENCE
 
 
 @pytest.mark.parametrize("kind", kinds(s4s.EDM()))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..denoiser import FORWARD_MODE
 from ..errors import UsageError, choose, progress
 from ..grid import TimeGrid, time_logsnr
 from ..published import step_orders
@@ -128,7 +129,8 @@ def _predictions(setup: Setup, lam: Tensor, seeds: list, x_0: Tensor, noise: Ten
 
     jvp: Any = torch.func.jvp
     y = x_0 + (-lam).exp().item() * noise
-    with sdpa_kernel(SDPBackend.MATH):  # the attention that has a forward mode on every device
+    # The attention that has a forward mode on every device.
+    with FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):
         prediction, slope = jvp(D, (y, lam), (signs, torch.zeros_like(lam)))
         _, rate = jvp(D, (y, lam), (prediction - y, torch.ones_like(lam)))
     return y, prediction, rate, signs * slope

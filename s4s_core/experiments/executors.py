@@ -278,10 +278,6 @@ class Elsewhere(Executor):
         return self._executor.submit(_on_worker, *self._told, fn, *args, **kwargs)
 
 
-# Threads of one process share torch's levels of forward derivatives, and would mix them up.
-_ONE_TASK_A_PROCESS = threading.Lock()
-
-
 def _on_worker(results: str, sign: str, code: str, fn: Callable[..., Any], *args: Any) -> Any:
     """Carry out a task for another process."""
     node = platform.node()
@@ -296,7 +292,6 @@ def _on_worker(results: str, sign: str, code: str, fn: Callable[..., Any], *args
         )
     os.environ["S4S_RESULTS"] = results
     try:
-        with _ONE_TASK_A_PROCESS:
-            return fn(*args)
+        return fn(*args)
     except UsageError as error:
         raise UsageError(f"worker {node}: {error}") from error

@@ -3,11 +3,11 @@
 python tests/benchmarks/runtimes.py 00_tour 01_noise_schedules ...
 
 It prints what the README's map and the first cell of a notebook have to say, which is tested.
-Counted is the CPU time of the kernel, user and system, its start and its imports included, on one
-thread: wall time would tell what else the machine does. The results folder is empty at first; a
-notebook that fills it is run a second time. A notebook that has a row is left out, so that the
-same command goes on after an interruption; delete the row to measure it again. The executed
-notebooks stay in `runs/runtimes`.
+Counted is the CPU time of the kernel and its workers, user and system, their start and imports
+included, one thread each: wall time would tell what else the machine does, and how many cores it
+has. The results folder is empty at first; a notebook that fills it is run a second time. A notebook
+that has a row is left out, so that the same command goes on after an interruption; delete the row
+to measure it again. The executed notebooks stay in `runs/runtimes`.
 """
 
 import csv
@@ -82,8 +82,7 @@ def measure(name: str) -> dict[str, str]:
         if not (filled := SCRATCH / before / "results").is_dir():
             sys.exit(f"{name} is measured after {before}: delete its row, and name it before")
         shutil.copytree(filled, results)
-    own = {"S4S_RESULTS": str(results), "OMP_NUM_THREADS": "1", "LOKY_MAX_CPU_COUNT": "1"}
-    os.environ |= own | {"PYTHONPATH": str(ROOT)}
+    os.environ |= {"S4S_RESULTS": str(results), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     seconds = execute(name, folder)
     again = f"{execute(name, folder):.0f}" if results.is_dir() else ""
     return dict(zip(COLUMNS, [name, f"{seconds:.0f}", again, cpu()], strict=True))
