@@ -5,8 +5,9 @@
 
 The pages ask the network for nothing: formulas are MathML, and pictures lie in the pages or beside
 them. With the address of a public repository, each notebook's page also links to Binder and Colab.
-The copy for Colab begins with a cell that installs the package unless it is there; it is read from
-the repository's branch gh-pages, which is where the site is to be published.
+The copy for Colab begins with a cell that installs the package unless it is there, and its links
+are absolute; it is read from the repository's branch gh-pages, which is where the site is to be
+published.
 A page lies where its file lies in the repository; links between files become links between pages.
 """
 
@@ -40,6 +41,10 @@ CELLS = """
 {% else %}{{ super() }}{% endif %}
 {% endblock %}
 """
+COLAB = "https://colab.research.google.com/github/{}/blob/gh-pages/colab/{}"
+# HEAD is the default branch, as for Binder.
+PICTURE = "https://raw.githubusercontent.com/{}/HEAD/{}"
+FILE = "https://github.com/{}/blob/HEAD/{}"
 INSTALL = """import importlib.util
 
 if not importlib.util.find_spec("s4s_core"):
@@ -92,9 +97,27 @@ def reference() -> str:
     return pdoc.render.html_module(pdoc.doc.Module(listed), all_modules={})
 
 
+def absolute(markdown: str, path: Path, repository: str) -> str:
+    """Return Markdown of a file with its links to files of the repository made absolute."""
+
+    def link(found: re.Match) -> str:
+        target = Path(os.path.normpath(path.parent / found[2]))
+        if not (ROOT / target).exists():  # an address, or no link: a formula may look like one
+            return found[0]
+        if target.suffix == ".ipynb":
+            return found[1] + COLAB.format(repository, target.name)
+        picture = target.suffix in (".png", ".svg")
+        return found[1] + (PICTURE if picture else FILE).format(repository, target.as_posix())
+
+    return re.sub(r'(\]\(|\b(?:href|src)=")([^\s)#"]+)', link, markdown)
+
+
 def for_colab(path: Path, repository: str) -> nbformat.NotebookNode:
-    """Return a notebook that installs the package first, unless it is there."""
+    """Return a notebook that installs the package first, unless it is there, for Colab."""
     notebook = nbformat.read(ROOT / path, nbformat.NO_CONVERT)
+    for text in notebook.cells:
+        if text.cell_type == "markdown":
+            text.source = absolute(text.source, path, repository)
     cell = nbformat.v4.new_code_cell(INSTALL.format(repository), id="install")
     notebook.cells.insert(0, cell)
     return notebook
@@ -153,6 +176,7 @@ def page(path: Path, order: list[Path], repository: str | None) -> str:
         before=order[at - 1].name if at else None,
         after=order[at + 1].name if at is not None and at + 1 < len(order) else None,
         repository=repository if notebook else None,
+        colab=COLAB.format(repository, path.name),
         path=path,
     )
 

@@ -2,12 +2,15 @@
 
 ./do class
 
-Where a student is asked for a prediction, the answer in the text is folded until it is opened.
+Where a student is asked for a prediction, the answer in the text is folded until it is opened, and
+so is what the lesson claims. Code says neither: left out are what a picture shows, in its sentence
+for those who do not see it, and what is asserted of results.
 """
 
+import ast
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -24,6 +27,10 @@ QUESTION = re.compile(r"\*\*Before you run|\*Predict\*:")
 NEXT = re.compile(
     r"^(?:#|\*\*Before you run|\*Predict\*:|\*\*\d|\*\*What would|\*\*Next|\[←|.*:\Z)", re.M
 )
+# What a lesson claims answers what it asks.
+CLAIM = re.compile(r"^\*\*Claim.*?(?=\n\n|\Z)", re.M | re.S)
+SHOWN = re.compile(r"^( *)alt = .*\n(?: *alt \+= .*\n)*", re.M)
+SHOWN_AT_ONCE = re.compile(r"^( *plot\.show\(\w+, )\".*\"\)$", re.M)
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:]+)\)")
 
 
@@ -40,16 +47,43 @@ def for_students(notebook: NotebookNode) -> NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+            cell.source = unspoiled(cell.source)
             continue
         answered = asked and fold_start(cell.source, "What happened? Open this after you ran it")
         asked = answered == cell.source and "## Exercises" not in cell.source
-        cell.source = answered or cell.source
+        cell.source = CLAIM.sub(claim, answered or cell.source)
         heading, summary, text = cell.source.partition("## Summary\n")
         if summary:
             text = fold_start(text.lstrip(), "Open this when you are through")
             cell.source = f"{heading}{summary}\n{text}"
         asked = asked or bool(QUESTION.search(cell.source))
     return notebook
+
+
+def claim(found: re.Match) -> str:
+    """Return the fold of what a lesson claims."""
+    return folded(found[0], "The claim: open this when you have made your predictions").rstrip()
+
+
+def unspoiled(source: str) -> str:
+    """Return code without what it asserts of results, and without what its pictures show."""
+    source = SHOWN.sub(r'\1alt = "a picture"\n', source)
+    source = SHOWN_AT_ONCE.sub(r'\1"a picture")', source)
+    lines = source.splitlines()
+    for told in reversed([*verdicts(ast.parse(source).body)]):
+        del lines[told.lineno - 1 : told.end_lineno]
+    return "\n".join(lines).strip()
+
+
+def verdicts(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield the statements that assert one result to be above another, and do nothing else."""
+    for statement in statements:
+        if isinstance(statement, ast.For | ast.If):
+            found = [*verdicts(statement.body)]
+            yield from [statement] if found == statement.body else found
+        elif isinstance(statement, ast.Assert):
+            if any(isinstance(part, ast.Compare) for part in ast.walk(statement)):
+                yield statement
 
 
 def fold_start(source: str, summary: str) -> str:

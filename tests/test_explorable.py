@@ -140,6 +140,13 @@ def test_the_page_is_small_and_asks_for_no_other_file():
         assert (FOLDER / link).exists(), link
 
 
+def test_the_times_have_drawn_keys_and_the_joint_solver_names_its_method():
+    assert "○" not in PAGE  # some fonts fill it
+    assert re.search(r'<svg class="key network"[^>]*><circle [^>]*/></svg> what\s+the', PAGE)
+    assert re.search(r"\.key\.network { fill: none; }", PAGE)
+    assert '{"joint": "joint (Gauss-Newton)"}' in PAGE and "${LABELS[each] ?? each}" in PAGE
+
+
 def alone(setup) -> dict:
     """What the page's arithmetic gives in Node, for an edited solver as well."""
     edited = {"t": [80, 20, 2, 0.3, 0.05, 0.002], "t_model": [80, 15, 2.5, 0.3, 0.04]}

@@ -138,6 +138,8 @@ def pictures(monkeypatch):
 
     def record(figure, alt, small):
         lines = ([line.get_xydata().copy() for line in ax.lines] for ax in figure.axes)
+        named = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+        assert named == ["now"]  # whatever the grid
         title = figure.axes[0].title
         found.append((title.get_text(), title.get_color(), *lines))
         return picture(figure, alt, small=small)
@@ -283,7 +285,7 @@ def test_a_step_that_is_not_there_is_refused(setup, one_sentence, step):
         (2.97, 3, "right\n"),
         (torch.tensor([2.97]), 3, "right\n"),
         (2.9, 3, "not yet: 2.9 is too small, by 0.1 (look again)"),
-        (float("nan"), 3, "not yet: "),
+        (float("nan"), 3, "not yet: not all of it is a finite number"),
         ([3, 3], 3, "not yet: 2 given, 1 wanted (look again)"),
         ("3", 3, "not yet: this str is not what the comment beside answer asks for (look again)"),
         (" EDM", "edm", "right\n"),
@@ -291,6 +293,8 @@ def test_a_step_that_is_not_there_is_refused(setup, one_sentence, step):
         ("logsnr", "edm", "not yet: 0 of 1 right (look again)"),
         (["edm", "uniform"], {"uniform", "edm"}, "right\n"),
         (["edm", "ddim"], {"uniform", "edm"}, "not yet: 1 of 2 right, 1 wrong (look again)"),
+        (["edm"], {"uniform", "edm"}, "not yet: 1 of 2 right (look again)"),
+        ("Rectified flow", "RectifiedFlow", "right\n"),
         ([1, 2], {"edm"}, "not yet: this list is not what"),
         ((1, 2.0), [1, 2], "right\n"),
         (np.array([1.0, 2]), torch.tensor([1.0, 2.0]), "right\n"),
@@ -307,7 +311,7 @@ def test_answers_are_told_right_from_wrong(capsys, answer, right, said):
     ("answer", "said"),
     [
         (0.5, "right\n"),
-        (1.0, "not yet: 1, wanted below 1 (look again)"),
+        (1.0, "not yet: 1, no lower (look again)"),
         (2.0, "not yet: 4, wanted below 1 (look again)"),
         ("x", "not yet: this str is not what the comment beside answer asks for (look again)"),
         (-1.0, "not yet: negative, not -1.0 (look again)"),

@@ -478,3 +478,10 @@ def test_nested_paths_are_thinner_one_by_one_so_that_paths_on_each_other_are_see
 
 def test_a_curve_alone_has_no_legend():
     assert plot.plot_metric(rows()[:3]).get_legend() is None
+
+
+def test_names_of_points_that_meet_are_written_one_after_the_other():
+    there, other = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
+    points = {"UniPC 2": there, "UniPC 3": there, "iPNDM 2": other, "DDIM": [0.0, 0.0, 1.0]}
+    ax = plot.plot_map({name: torch.tensor(vector) for name, vector in points.items()})
+    assert [text.get_text() for text in ax.texts] == ["2, 3", "2"]

@@ -109,6 +109,56 @@ def test_a_copy_for_colab_installs_the_package_unless_it_is_there(tmp_path):
         assert asked.pop() == "install --quiet git+https://github.com/ada/s4s"
 
 
+def test_the_links_of_a_copy_for_colab_are_absolute_and_lead_to_files():
+    ours = re.compile(
+        r"https://(?:(colab\.research\.google\.com/github/ada/s4s/blob/gh-pages/colab)|"
+        r"(raw\.githubusercontent\.com/ada/s4s/HEAD)|github\.com/ada/s4s/blob/HEAD)/([^#]+)"
+    )
+    pictures = 0
+    for path in BUILD["reading_order"]():
+        cells = BUILD["for_colab"](path, "ada/s4s").cells
+        text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        for kind, link in re.findall(r'\b(href|src)="([^"]*)"', BUILD["from_markdown"](text)):
+            assert re.match(r"#|https?://", link), f"{path.name}: {link}"
+            if found := ours.match(link):
+                target = ROOT / ("notebooks" if found[1] else ".") / found[3]
+                assert target.is_file(), f"{path.name}: {link}"
+                assert bool(found[1]) == (target.suffix == ".ipynb"), f"{path.name}: {link}"
+                assert bool(found[2]) == (kind == "src"), f"{path.name}: {link}"
+                pictures += kind == "src"
+    assert pictures
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a](x.ipynb#b)", "[a](x.ipynb#b)"),
+        ("[a](#b) [c](https://d.org/README.md)", "[a](#b) [c](https://d.org/README.md)"),
+        (r"$\left[a\right](t)$", r"$\left[a\right](t)$"),
+        (
+            "[a](00_tour.ipynb#b)",
+            "[a](https://colab.research.google.com/github/ada/s4s/blob/gh-pages/colab/00_tour.ipynb#b)",
+        ),
+        ("[a](SYMBOLS.md)", "[a](https://github.com/ada/s4s/blob/HEAD/notebooks/SYMBOLS.md)"),
+        (
+            "![a](../figures/tour.png)",
+            "![a](https://raw.githubusercontent.com/ada/s4s/HEAD/figures/tour.png)",
+        ),
+        (
+            '<img alt="a" src="../figures/tour.png">',
+            '<img alt="a" src="https://raw.githubusercontent.com/ada/s4s/HEAD/figures/tour.png">',
+        ),
+    ],
+)
+def test_only_links_to_files_become_absolute(text, expected):
+    assert BUILD["absolute"](text, ONLY[0], "ada/s4s") == expected
+
+
+def test_the_explorable_leads_back(site):
+    html = (site / "explorable/index.html").read_text("utf-8")
+    assert '<a href="../README.html">' in html and (site / "README.html").is_file()
+
+
 @pytest.mark.parametrize("text", ["ada", "https://github.com/ada/s4s", "ada/s4s/x", 'a"/b'])
 def test_a_repository_is_an_owner_and_a_name(text):
     with pytest.raises(Exception, match="must be OWNER/NAME") as info:

@@ -148,14 +148,32 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {n: dict(zip(("color", "marker", "ls"), found[n], strict=True)) for n in names}
 
 
+def _write_beside(ax: Axes, points: Iterable[tuple[str, Any]]) -> None:
+    """Write a text beside each point (2,), and those of points that nearly meet one after another.
+
+    To be called when the axes have their limits.
+    """
+    span = np.ptp([ax.get_xlim(), ax.get_ylim()], axis=1)
+    written: list[tuple[Any, list[str]]] = []
+    for text, place in points:
+        near = (t for at, t in written if (np.abs(np.subtract(place, at)) < 0.035 * span).all())
+        if (texts := next(near, None)) is not None:
+            texts.append(text)
+        else:
+            written.append((place, [text]))
+    for at, texts in written:
+        text = ", ".join(texts)
+        ax.annotate(text, at, (5, 4), textcoords="offset points", fontsize=9, color=INK)
+
+
 def log_scale(ax: Axes, axis: str) -> None:
     """Make an axis "x" or "y" logarithmic; plain decimals where it spans less than two decades."""
     ax.set(**{f"{axis}scale": "log"})
     low, high = sorted(getattr(ax, f"get_{axis}lim")())
     if high < 100 * low:
         ticker, ticks = mpl.ticker, getattr(ax, f"{axis}axis")
-        subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5)
-        few = high < 3 * low
+        subs = (1, 2, 5) if high > 10 * low else (1, 2, 3, 5)
+        few = high < 4 * low
         ticks.set_major_locator(ticker.MaxNLocator(5) if few else ticker.LogLocator(subs=subs))
         ticks.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ticks.set_minor_locator(ticker.NullLocator())
@@ -273,8 +291,7 @@ def plot_side_by_side(
     clearest = np.min(gaps, 0).argmax()
     for ax, view, (name, path) in zip(axes[0], views, paths.items(), strict=True):
         plot_trajectories({name: path}, exact, data, ax)
-        for step, place in enumerate(view[:, 1:, clearest].T, start=1):
-            ax.annotate(str(step), place, (4, 4), textcoords="offset points", fontsize=9)
+        _write_beside(ax, [(str(i), place) for i, place in enumerate(view[..., clearest].T)][1:])
         ax.get_legend().remove()
         ax.set_title(display_name(name))
         ax.label_outer()
@@ -571,13 +588,13 @@ def plot_map(vectors: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax, (7.5, 4.0))
     points, shares = principal_components([{"name": n, "b": v} for n, v in vectors.items()])
-    shown = looks(name.split()[0] for name in vectors)
+    shown, beside = looks(name.split()[0] for name in vectors), []
     for row in points:
         family, *rest = row["name"].split()
         look = shown[family] | {"ls": ""}
         ax.plot(row["pc1"], row["pc2"], **look, ms=9, alpha=0.8, label=display_name(row["name"]))
-        ax.annotate(" ".join(rest), (row["pc1"], row["pc2"]), (6, 5),
-                    textcoords="offset points", fontsize=8, color=INK)  # fmt: skip
+        beside.append((" ".join(rest), (row["pc1"], row["pc2"])))
+    _write_beside(ax, [(text, place) for text, place in beside if text])
     _name_components(ax, shares)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax

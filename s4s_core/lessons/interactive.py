@@ -175,7 +175,7 @@ def _explore(
             {f"{len(path[1]) - 1} calls": path}, (fine, exact[:, :drawn]), data, picture
         )
         strip.plot(start[0].lam, torch.zeros(len(start[0].lam)), "|", **ghost, ms=15, mew=2.2)
-        plot.plot_grid({"times": path[0]}, strip)
+        plot.plot_grid({"now": path[0]}, strip)
         beaten = error < goal
         picture.set_title(
             f"mean error of {len(JUDGED)} noises: {error:.3f}\n"
@@ -227,7 +227,8 @@ def check_answer(
 
     right  the right answer, as one or more numbers, a word or a set of words; or, with `below`, a
            function answer -> number. Numbers may be off by 2 % and come as a list, a tuple, an
-           array or a tensor; the case of words does not count, nor does the order of a set
+           array or a tensor; of words only letters and digits count, in either case, and of a
+           set not the order
     hint   printed with a wrong answer
     below  what right(answer) has to be lower than
     known  numbers and grids that stand above the exercise: a copy of one is no answer
@@ -241,7 +242,9 @@ def check_answer(
             wrong = "this one stands above, make one of your own"
         elif below is not None:
             value = float(right(answer))
-            wrong = "" if value < below else f"{value:.4g}, wanted below {below:.4g}"
+            found, goal = f"{value:.4g}", f"{below:.4g}"
+            told = "no lower" if found == goal else f"wanted below {goal}"
+            wrong = "" if value < below else f"{found}, {told}"
         elif isinstance(right, str | set):
             wrong = _other_words(answer, right)
         else:
@@ -260,7 +263,8 @@ def _numbers(value: Any) -> Tensor:
 
 
 def _words(value: str | Iterable[str]) -> set[str]:
-    return {word.strip().casefold() for word in ([value] if isinstance(value, str) else value)}
+    words = [value] if isinstance(value, str) else value
+    return {"".join(filter(str.isalnum, word.casefold())) for word in words}
 
 
 def _other_words(answer: Any, right: Any) -> str:
@@ -268,7 +272,7 @@ def _other_words(answer: Any, right: Any) -> str:
     found, wanted = _words(answer), _words(right)
     if found == wanted:
         return ""
-    wrong = f", {len(found - wanted)} wrong" if found & wanted else ""
+    wrong = f", {len(found - wanted)} wrong" if found & wanted and found - wanted else ""
     return f"{len(found & wanted)} of {len(wanted)} right{wrong}"
 
 
@@ -278,6 +282,8 @@ def _other_numbers(found: Tensor, wanted: Tensor) -> str:
         return f"{found.numel()} given, {wanted.numel()} wanted"
     if found.shape != wanted.shape:
         return f"its shape is {tuple(found.shape)}, wanted {tuple(wanted.shape)}"
+    if not found.isfinite().all():
+        return "not all of it is a finite number"
     off = found - wanted
     agree = off.abs() <= 0.02 * wanted.abs() + 1e-9
     if agree.all():
