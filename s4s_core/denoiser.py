@@ -6,12 +6,14 @@ carry its `schedule`; a solver made for another schedule then refuses it.
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from .errors import UsageError, first_line
@@ -20,8 +22,17 @@ from .schedule import NoiseSchedule
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 # What a network is to this package: called with x (B, ...), t (B,) and perhaps a condition.
 Network = Callable[..., Tensor]
-# torch's levels of forward derivatives are the process's: of its threads one derives at a time.
-FORWARD_MODE = threading.RLock()
+_FORWARD_MODE = threading.RLock()
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Let one thread take forward derivatives, with an attention that has them on every device.
+
+    torch's levels of these derivatives are the process's, and its threads would mix them up.
+    """
+    with _FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class _Denoiser:

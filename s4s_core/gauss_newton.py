@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .denoiser import FORWARD_MODE, Denoiser
+from .denoiser import Denoiser, forward_mode
 from .errors import UsageError, choose, first_line, halve_batch, progress
 from .grid import LearnedGrid, TimeGrid
 from .learn import Epoch, LearningDivergedError, check_fit
@@ -389,9 +389,7 @@ class Problem:
                 e = self.embed(_end(network, x_T, moved(step)))
                 return e, e
 
-            # The attention that has a forward derivative on every device, for the embedding.
-            attention = sdpa_kernel(SDPBackend.MATH)
-            with FORWARD_MODE, torch.no_grad(), attention, warnings.catch_warnings():
+            with forward_mode(), torch.no_grad(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own
                 J, e = torch.func.jacfwd(embedded, has_aux=True)(columns.new_zeros(len(chain)))
                 r = (e - self.embed(self.x_0[part])).double().flatten().cpu()
@@ -413,7 +411,7 @@ class Problem:
         forward = {"jvp": True, "differences": False, "auto": params.precision != "float32"}
         if forward[params.jacobian]:
             try:
-                with FORWARD_MODE, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                with forward_mode(), torch.no_grad():
                     torch.func.jvp(lambda x: network(x, t), (x,), (noise,))
                 return None
             except (RuntimeError, NotImplementedError) as error:

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..denoiser import FORWARD_MODE
+from ..denoiser import forward_mode
 from ..errors import UsageError, choose, progress
 from ..grid import TimeGrid, time_logsnr
 from ..published import step_orders
@@ -129,8 +128,7 @@ def _predictions(setup: Setup, lam: Tensor, seeds: list, x_0: Tensor, noise: Ten
 
     jvp: Any = torch.func.jvp
     y = x_0 + (-lam).exp().item() * noise
-    # The attention that has a forward mode on every device.
-    with FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):
+    with forward_mode():
         prediction, slope = jvp(D, (y, lam), (signs, torch.zeros_like(lam)))
         _, rate = jvp(D, (y, lam), (prediction - y, torch.ones_like(lam)))
     return y, prediction, rate, signs * slope
