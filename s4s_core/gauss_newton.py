@@ -60,8 +60,8 @@ def learn_gauss_newton(
     A step takes newton_batch_size pairs, each of the first 16 a quarter of it. After every 4 comes
     an `Epoch`: a look at the validation pairs, at the mean of what the second half of the steps
     gave (not of the first 16), since a single step follows the chance of its batch. It ends once 4
-    of these have not lowered the validation loss by 1 %, or when it has been through all pairs
-    `epochs` times.
+    of these, after the first 16 steps, have not lowered the validation loss by 1 %, or when it has
+    been through all pairs `epochs` times.
 
     Raises UsageError for a setting that is not read here, a distance that is no sum of squares, a
     solver that does not fit the setup, and a network whose answers are too noisy to be
@@ -141,7 +141,7 @@ class Run:
         self.next = next(self.batches, None)
         self.train_loss = self.problem.loss(self.judged, train[: len(self.valid)])
         self.valid_loss = self.problem.loss(self.judged, self.valid)
-        self.level, self.stale = self.valid_loss, 0
+        self.level, self.stale = math.inf, 0
 
     @property
     def judged(self) -> Tensor:
@@ -156,7 +156,7 @@ class Run:
 
     @property
     def settled(self) -> bool:
-        """Whether the small batches are over, in which a stop would be chance."""
+        """Whether the small batches are over, whose luck would be a level that none can lower."""
         return len(self.path) - 1 > SMALL_STEPS
 
     @property
@@ -184,7 +184,7 @@ class Run:
         if losses:
             self.train_loss = sum(losses) / len(losses)
         self.valid_loss = self.problem.loss(self.judged, self.valid)
-        if self.valid_loss < 0.99 * self.level:
+        if self.settled and self.valid_loss < 0.99 * self.level:
             self.level, self.stale = self.valid_loss, 0
         else:
             self.stale += self.settled

@@ -340,7 +340,17 @@ def test_no_stop_is_made_of_the_small_batches(problem):
     while not run.done:
         run.advance()
         looks += 1
-    assert looks == 16 / 4 + PATIENCE
+    assert looks == 16 / 4 + 1 + PATIENCE  # the first one after them sets the level
+
+
+def test_luck_in_the_small_batches_stops_nothing_later(problem):
+    params, pairs = problem()[0].params, torch.zeros(2000, 1)
+    of = Regression(0)
+    run = Run(of, TeacherSet(pairs, pairs, 1600), params, 0)
+    of.loss = lambda theta, pairs: 0.98 ** len(run.path) if run.settled else 0.1
+    for _ in range(16 // 4 + 2 * PATIENCE):
+        assert not run.done
+        run.advance()
 
 
 @pytest.mark.parametrize("kind", kinds(s4s.EDM()))
