@@ -6,6 +6,7 @@ carry its `schedule`; a solver made for another schedule then refuses it.
 
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,7 +32,8 @@ def forward_mode() -> Iterator[None]:
 
     torch's levels of these derivatives are the process's, and its threads would mix them up.
     """
-    with _FORWARD_MODE, sdpa_kernel(SDPBackend.MATH):
+    with _FORWARD_MODE, sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own
         yield
 
 

@@ -389,8 +389,7 @@ class Problem:
                 e = self.embed(_end(network, x_T, moved(step)))
                 return e, e
 
-            with forward_mode(), torch.no_grad(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # torch's own
+            with forward_mode(), torch.no_grad():
                 J, e = torch.func.jacfwd(embedded, has_aux=True)(columns.new_zeros(len(chain)))
                 r = (e - self.embed(self.x_0[part])).double().flatten().cpu()
                 J = J.double().flatten(0, 1).cpu() @ chain

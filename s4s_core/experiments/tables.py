@@ -67,9 +67,11 @@ def describe(rows: Rows) -> str:
     """Return how many runs there are, what they were judged by, and with which seeds."""
     frame = _frame(rows)
     features = ", ".join(frame["features"].unique())
-    n, n_sets = frame["n_samples"].max(), int(frame["n_sets"].max()) if "n_sets" in frame else 1
-    text = f"{len(frame)} runs; features: {features}; seeds 0 to {n_sets * n - 1}"
-    return text + (f", in {n_sets} sets of {n}" if n_sets > 1 else "")
+    n_sets = int(frame["n_sets"].max()) if "n_sets" in frame else 1
+    sizes = sorted(frame["n_samples"].unique())
+    ends = " or ".join(str(n_sets * n - 1) for n in sizes)
+    text = f"{len(frame)} runs; features: {features}; seeds 0 to {ends}"
+    return text + (f", in {n_sets} sets of {sizes[-1]}" if n_sets > 1 else "")
 
 
 def pivot(
