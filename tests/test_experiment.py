@@ -1212,6 +1212,8 @@ def test_named_lists_of_experiments_are_told_apart_in_the_frame():
     assert rows["method"].tolist() == ["iPNDM", "S4S", "S4S"]
     assert rows["seed"].tolist() == [0, 0, 1]
     assert tables.describe(rows) == "3 runs; features: the plane itself; seeds 0 to 49"
+    rows.loc[0, "n_samples"] = 20
+    assert tables.describe(rows).endswith("; seeds 0 to 19 or 49")
     assert "method" not in s4s.run_all([tiny("none")])
 
 

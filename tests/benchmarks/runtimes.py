@@ -98,14 +98,15 @@ def cpu() -> str:
 
 def main(names: list[str]) -> None:
     for name in names:
-        rows = measured()
-        if name not in rows:
-            rows[name] = measure(name)
+        if name not in measured():
+            row = measure(name)
+            rows = measured() | {name: row}  # another process may have written in the meantime
             with TABLE.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows[key] for key in sorted(rows))
-        print(f"{name}: {wording(rows[name])} ({rows[name]['seconds']} s)", flush=True)
+        row = measured()[name]
+        print(f"{name}: {wording(row)} ({row['seconds']} s)", flush=True)
 
 
 if __name__ == "__main__":
