@@ -69,7 +69,7 @@ SHORT = {
     "appendix_departures": {"seeds": [0], "rounds": 1, "pairs": 40, "samples": 20},
     "appendix_theory": {"drawn": 1000, "sizes": [125, 250]},
     "appendix_train_denoiser": {},
-    "beyond_black_box": {"pairs": 8, "seeds": [0], "n_eval": 20, "nfe": 2, "order": 2},
+    "beyond_black_box": {"models": {"digits": [8, 20]}, "seeds": [0], "nfe": 2, "order": 2},
     "beyond_head": {"datasets": ["digits"], "pairs": {"digits": [24, 8]}, "blocks": 2}
     | {"steps": 1, "epochs": 1, "fid_samples": 20, "settings": {"digits": {"teacher_nfe": 10}}},
     "bring_your_own_model": {"epochs": 2},
