@@ -57,6 +57,7 @@ LONG = {
     },
     "beyond_linear": PLANE
     | {"sizes": [20, 40], "orders": [1, 0], "states": [0, 1], "nfes": [3], "rival_sizes": [20]}
+    | {"other": "digits", "other_sizes": [20]}
     | {"rival": {"learner": "first_order", "epochs": 1}, "epochs": 1, "fid_samples": 100},
     "beyond_family": PLANE
     | {"nfes": [3, 4], "seen": [3], "seeds": [0], "fid_samples": 100}
