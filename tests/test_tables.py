@@ -61,6 +61,12 @@ def test_numbers_of_exploded_samples_are_short():
     assert "4: 3.0e+17 against 2.000" in tables.cells_better(rows, "a", "b", "method", ("nfe",))
 
 
+@pytest.mark.parametrize("others", [[], [float("inf")], [1.0]])
+def test_a_cost_that_was_never_enough_has_no_range(others):
+    rows = runs("a", 4, float("inf"), *others)
+    assert "| a | inf |" in tables.pivot(rows, ("method",))
+
+
 def test_compare_names_the_best_and_says_whether_the_difference_is_clear():
     wide = [row | {"frechet": 10 * row["order"] + row["seed"] / 100} for row in ROWS]
     lines = str(tables.compare(wide, by="order")).splitlines()

@@ -109,8 +109,9 @@ def _cell(runs: pd.DataFrame, value: str, digits: int) -> str:
     if f"{value}_blocks" in runs and "n_sets" in runs and runs["n_sets"].notna().all():
         low, high = interval(_values(runs, value))
         return f"{text} ({_between(low, high, digits)})"
-    half = _number((values.max() - values.min()) / 2, digits)
-    return f"{text} ± {half}" if values.count() > 1 else text
+    if values.count() < 2 or values.mean() == float("inf"):
+        return text  # a cost that was never enough is inf, and has no range
+    return f"{text} ± {_number((values.max() - values.min()) / 2, digits)}"
 
 
 def compare(
