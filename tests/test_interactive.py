@@ -230,6 +230,15 @@ def test_the_rivals_of_lessons_2_and_3_can_be_beaten(setup, front_end, pictures)
     assert pictures[-1][0].endswith(", beaten")
 
 
+def test_a_less_accurate_step_ends_closer_as_in_lesson_4(setup, front_end, pictures):
+    grid = s4s.time_logsnr(setup.schedule, 5)
+    _, others = s4s.exact_path(setup, range(10_000, 10_100), grid)
+    table = s4s.locally_optimal(grid, setup.denoiser, others, 3)
+    interactive.explore_coefficients(setup, s4s.Solver(table, grid), step=4)
+    front_end[0].children[0].value += 0.3
+    assert pictures[-1][0].endswith(", beaten")
+
+
 def test_without_a_rival_the_start_is_to_be_beaten(setup, front_end, pictures):
     good = solver(setup, 4, 1)
     bad = s4s.Solver(s4s.Coefficients(0.9 * good.coefficients.b), good.grid)
