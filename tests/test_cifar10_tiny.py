@@ -43,6 +43,7 @@ def test_files_are_small_and_say_how_they_were_made(name, limit):
     assert expected <= set(read_metadata(path))
 
 
+@pytest.mark.slow
 def test_denoiser_finds_the_noise_on_its_own_pictures(setup, noise):
     """(x - D) / sigma correlates with the noise that was added; hardest where there is little."""
     seeds = range(20_000, 20_010)
@@ -80,6 +81,7 @@ def test_it_draws_the_class_that_it_is_told():
     assert (answers == torch.tensor(seeds) % 10).double().mean() > 0.75
 
 
+@pytest.mark.slow
 def test_guidance_is_linear_in_its_scale_and_one_is_none(setup, noise):
     seeds, t = range(4), torch.tensor(2.0, dtype=torch.float64)
     x = 2 * noise(0, 4, 3, 32, 32).double()

@@ -111,6 +111,7 @@ def test_an_executor_that_takes_nothing_fails_the_plans():
 # --- Shards ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_five_shards_are_one(monkeypatch, tmp_path):
     given = sweep(nfe=4, learn="coefficients", seed=0)[0]
     whole = s4s.run(given)
@@ -275,6 +276,7 @@ def two_workers(request):
 both = pytest.mark.parametrize("two_workers", ["processes", "parsl"], indirect=True)
 
 
+@pytest.mark.slow
 @both
 def test_a_killed_worker_takes_no_other_task_with_it(two_workers, jobs, tmp_path):
     plans = {i: plan({i: (pow, i, 2)}) for i in range(8)}
@@ -286,6 +288,7 @@ def test_a_killed_worker_takes_no_other_task_with_it(two_workers, jobs, tmp_path
     assert list(errors) == ["always"]
 
 
+@pytest.mark.slow
 @both
 def test_what_a_worker_refuses_is_told_as_it_said_it_and_not_tried_again(
     two_workers, jobs, tmp_path
@@ -319,6 +322,7 @@ def test_a_worker_killed_in_the_middle_of_a_sweep_costs_no_run(
     assert rows[columns].equals(here[columns])
 
 
+@pytest.mark.slow
 def test_results_of_a_cluster_are_those_of_this_process(parsl, results, tmp_path, monkeypatch):
     experiments = [
         *sweep(),
@@ -338,6 +342,7 @@ def test_each_worker_has_a_gpu_of_its_own(parsl, jobs):
     assert {f.result() for f in [parsl.submit(jobs.gpu, 2) for _ in range(2)]} == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_interrupted_processes_end_at_once(jobs, tmp_path):
     beats = [tmp_path / name for name in ("first", "second", "third")]
     with pytest.raises(KeyboardInterrupt), processes(2) as executor:

@@ -100,6 +100,7 @@ def test_the_readme_says_what_three_sets_of_samples_cost():
 LEARNERS = ["coefficients", "times", "alternating", "jointly", "bns", "generalised"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.0242, 0.0])
 @pytest.mark.parametrize("learn", LEARNERS)
 def test_what_learning_costs_is_what_the_network_sees(learn, gamma, tmp_path, monkeypatch):

@@ -98,6 +98,7 @@ def test_inverting_returns_to_the_noise(noise, schedule):
     torch.testing.assert_close(a, x_T, rtol=1e-6, atol=1e-6 * schedule.T)
 
 
+@pytest.mark.slow
 def test_the_density_integrates_to_one_and_that_of_the_teacher_is_the_data_density():
     plane = GaussianMixture([1.0, 2.0], [[-1.0, 0.0], [0.5, 0.8]], [0.3, 0.5], EDM())
     x = torch.linspace(-3.5, 3.5, 41, dtype=torch.float64)

@@ -138,6 +138,7 @@ def test_what_has_come_is_continued(broken_off, sha256):
     assert broken_off.asked == [f"bytes={100_000 - download.OVERLAP}-"]
 
 
+@pytest.mark.slow
 def test_a_killed_download_is_continued(server, folder):
     server.drop_after, server.stall = 100_000, threading.Event()
     code = "import sys; from s4s_core.models.download import fetch; fetch(*sys.argv[1:])"

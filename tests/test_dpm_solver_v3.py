@@ -145,6 +145,7 @@ def test_a_step_is_the_formula_integrated_on_a_fine_grid(pseudo, noise):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("predictor", "corrector", "order", "expected"),
     [
@@ -197,6 +198,7 @@ def test_one_step_is_exact_on_gaussian_data(setup_of, noise):
     assert (one_step - x_0).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_statistics_of_a_mixture_agree_with_differences_and_a_regression(setup_of):
     schedule = VPLinear()
     data = GaussianMixture([1, 2], [[-1.0], [0.8]], [0.3, 0.4], schedule)

@@ -276,6 +276,7 @@ def test_fid_equals_torch_fidelitys(inception_file, inception):
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_its_pixels(inception, tmp_path):
     """Lossless formats in subfolders; uint8 and [-1, 1] give the same features, grey is RGB."""
     images = pixels(2, 3)

@@ -434,6 +434,7 @@ def test_learning_keeps_its_history_and_its_best_solver(learn):
 NEWTON = {"learner": "gauss_newton", "newton_batch_size": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", ["coefficients", "times", "jointly"])
 def test_the_learner_is_a_setting_and_moves_the_same_blocks(learn):
     given = tiny(learn, NEWTON | {"n_train": 32, "n_train_alt": 32})
@@ -697,6 +698,7 @@ def edited(**changes):
     return lambda content: json.dumps(json.loads(content) | changes).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -724,6 +726,7 @@ def test_a_result_that_is_not_what_was_written_is_computed_again(damage, capsys)
     assert run(tiny()) == again  # what was written now is believed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["teacher_set", "teacher_samples", "teacher_sums"])
 @pytest.mark.parametrize(
     "damage",
@@ -785,6 +788,7 @@ def script(results, code: str, *arguments: str, **options) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["teacher_set", "result"])
 def test_killing_a_run_while_it_writes_leaves_no_half_written_file(results, victim):
     code = f"""
@@ -861,6 +865,7 @@ def test_an_interrupted_run_keeps_the_best_solver_so_far_and_no_result(monkeypat
     assert not files(results, "*best_so_far.json")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_has_kept_the_best_solver_of_a_minute_ago(results):
     code = f"""
 import os, signal
@@ -889,6 +894,7 @@ s4s.run(s4s.Experiment("mixture", nfe=4, learn="coefficients", settings=settings
 # --- The command line --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_line_prints_metrics_and_writes_a_solver(results, tmp_path):
     out = tmp_path / "mine" / "solver.json"
     process = script(results, "", *CLI, "--learn", "coefficients", "--out", str(out))
@@ -944,6 +950,7 @@ def test_command_line_errors_are_one_line(tmp_path, capsys, arguments, words):
         assert word.format(**places) in message
 
 
+@pytest.mark.slow
 def test_command_line_errors_exit_non_zero_without_a_traceback(results):
     process = script(results, "", *CLI, "--dataset", "ffhqq")
     output, errors = process.communicate(timeout=120)
@@ -953,6 +960,7 @@ def test_command_line_errors_exit_non_zero_without_a_traceback(results):
     assert not results.exists()
 
 
+@pytest.mark.slow
 def test_notebooks_show_an_error_as_one_line(results, tmp_path, monkeypatch):
     """IPython prints what `_render_traceback_` gives."""
     error = UsageError("nfe must be at least 1")
@@ -966,6 +974,7 @@ def test_notebooks_show_an_error_as_one_line(results, tmp_path, monkeypatch):
     assert len(shown) == 1
 
 
+@pytest.mark.slow
 def test_many_experiments_give_in_processes_what_they_give_one_by_one(tmp_path, monkeypatch):
     many = [
         s4s.Experiment("mixture", grid, "ipndm", 2, nfe, learn, 0, TINY)
@@ -980,6 +989,7 @@ def test_many_experiments_give_in_processes_what_they_give_one_by_one(tmp_path, 
     assert together["frechet"].tolist() == [r.frechet for r in alone]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_in_a_process_says_what_one_in_this_process_says():
     many = [
         s4s.Experiment(
@@ -1217,6 +1227,7 @@ def test_named_lists_of_experiments_are_told_apart_in_the_frame():
     assert "method" not in s4s.run_all([tiny("none")])
 
 
+@pytest.mark.slow
 def test_the_former_command_still_runs(results):
     arguments = ["--dataset", "mixture", "--nfe", "2", "--order", "1", "--set", "fid_samples=5"]
     settings = ["--set", "teacher_nfe=3"]

@@ -171,6 +171,7 @@ def visited(folder: Path) -> dict:
     return json.loads(unescape(found[1]))
 
 
+@pytest.mark.slow
 def test_the_arithmetic_of_the_page_is_that_of_the_package(setup, exact):
     if not shutil.which("node"):
         pytest.skip("needs node, which runs the page's arithmetic without a browser")

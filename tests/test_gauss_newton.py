@@ -111,6 +111,7 @@ def test_a_weight_costs_the_calls_after_it(problem, blocks, calls):
     assert counting.rows == 10 * (5 + calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [50, 5])  # 5 are fewer than the derivatives of one pair
 def test_no_call_has_more_rows_than_the_setting_allows(problem, rows):
     setup, teacher = problem(sample_batch_size=rows, n_train_alt=40)
@@ -189,6 +190,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_network_that_cannot_be_differentiated_is_learned_for(problem, kind):
@@ -203,6 +205,7 @@ def test_a_network_that_cannot_be_differentiated_is_learned_for(problem, kind):
     assert l2(last.best.sample(setup.denoiser, x_T), x_0).mean() < 0.5 * first.valid_loss
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the answers of mixture.s network are noisy")
 @pytest.mark.parametrize("jacobian", ["auto", "differences"])
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -285,6 +288,7 @@ def test_of_several_starts_the_best_goes_on(problem):
     assert [e.index for e in [*both, end]] == list(range(len(both) + 1))
 
 
+@pytest.mark.slow
 def test_it_ends_where_the_validation_loss_no_longer_falls(problem):
     setup, teacher = problem()
     start = kinds(setup.schedule)["noise"]
@@ -353,6 +357,7 @@ def test_luck_in_the_small_batches_stops_nothing_later(problem):
         run.advance()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", kinds(s4s.EDM()))
 def test_every_kind_of_solver_is_learned(problem, kind):
     setup, teacher = problem()

@@ -64,6 +64,7 @@ def test_dmn_gives_the_reference_grids(schedule, weighting, t):
     assert found.tolist() == pytest.approx(t, abs=6e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "weighting", "t"), REFERENCE + FLAT)
 def test_dmn_is_no_worse_than_the_reference(schedule, weighting, t):
     found = dmn_bound(dmn(schedule, len(t) - 1, weighting).lam, weighting)

@@ -85,6 +85,7 @@ def test_the_folder_works_where_this_package_is_not(learned, saved, setup, tmp_p
     torch.testing.assert_close(torch.load(tmp_path / "x.pt").double(), expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_folder_says_what_the_solvers_are(learned):
     assert {path.name for path in learned.iterdir()} == {
         "solver_2.json", "solver_3.json", "compiled_2.json", "compiled_3.json",
@@ -139,6 +140,7 @@ def test_held_out_distances_are_those_to_the_teacher(learned, saved):
     assert solver.provenance["held_out"]["distance"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on_where_it_was(learned, saved, tmp_path, monkeypatch, capsys):
     out, real, calls = tmp_path / "out", learn_pipeline.learn_gauss_newton, []
 

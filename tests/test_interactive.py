@@ -194,6 +194,7 @@ def test_a_grey_ghost_and_grey_ticks_stay_where_the_sliders_began(setup, front_e
         assert contains(strip, torch.stack([times, 0 * times], 1))
 
 
+@pytest.mark.slow
 def test_the_title_tells_the_error_of_200_noises_and_when_the_rival_is_beaten(
     setup, front_end, pictures
 ):
@@ -214,6 +215,7 @@ def test_the_title_tells_the_error_of_200_noises_and_when_the_rival_is_beaten(
     assert equal.startswith(f"mean error of 200 noises: {goal:.3f}") and "beaten" not in equal
 
 
+@pytest.mark.slow
 def test_the_rivals_of_lessons_2_and_3_can_be_beaten(setup, front_end, pictures):
     grid, dmn = s4s.time_logsnr(setup.schedule, 5), s4s.dmn(setup.schedule, 5)
     start, rival = (s4s.Solver(s4s.ipndm(g, 3), g) for g in (grid, dmn))
@@ -230,6 +232,7 @@ def test_the_rivals_of_lessons_2_and_3_can_be_beaten(setup, front_end, pictures)
     assert pictures[-1][0].endswith(", beaten")
 
 
+@pytest.mark.slow
 def test_a_less_accurate_step_ends_closer_as_in_lesson_4(setup, front_end, pictures):
     grid = s4s.time_logsnr(setup.schedule, 5)
     _, others = s4s.exact_path(setup, range(10_000, 10_100), grid)

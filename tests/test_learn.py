@@ -88,6 +88,7 @@ def test_teacher_set_pairs_noise_with_the_teachers_samples(mixture):
     assert distances_to_nearest(teacher.x_0, setup.denoiser.means).max() < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [s4s.EDM(), s4s.VPLinear(), s4s.RectifiedFlow()])
 def test_the_exact_path_of_one_gaussian_is_known(mixture, schedule):
     gaussian = s4s.GaussianMixture([1.0], [[0.3, -0.7]], [0.5], schedule)
@@ -674,6 +675,7 @@ def test_what_is_refused_would_change_nothing(problem, learn):
     assert found.solver == expected.solver and found.valid_loss == expected.valid_loss
 
 
+@pytest.mark.slow
 @every_algorithm
 def test_what_is_read_changes_what_is_learned(problem, one_sentence, learn):
     solver, setup, teacher = problem(gamma=0.3, accept_if_better=False)
@@ -952,6 +954,7 @@ def threads():
     torch.set_num_threads(usual)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rounding"), [("mixture", 0), ("digits", 0), ("ecg", 1e-5), ("cifar10_tiny", 1e-5)]
 )
@@ -968,6 +971,7 @@ def test_batches_and_threads_change_samples_as_the_readme_says(threads, name, ro
     assert torch.equal(drawn(setup, 21)[1], x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", [learn_coefficients, s4s.learn_gauss_newton])
 def test_threads_change_what_is_learned_as_the_readme_says(threads, learn):
     settings = dict(n_train=32, n_valid=16, epochs=1, distance="l2")

@@ -94,6 +94,7 @@ def test_each_entry_of_theta_has_a_row(given):
         assert len(rows) == student.size and all(any(row.values()) for row in rows)
 
 
+@pytest.mark.slow
 def test_it_comes_nearer_at_numbers_of_calls_that_it_never_saw(given):
     setup, teacher, start = given
     counter = s4s.CallCounter(setup.denoiser)

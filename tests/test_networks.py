@@ -401,6 +401,7 @@ def test_a_share_is_shown_without_its_class(given, share, monkeypatch):
     assert torch.equal(label[~hidden], (9 * x[~hidden, 0, 0, 0]).round().long())
 
 
+@pytest.mark.slow
 def test_a_network_that_is_told_classes_learns_them():
     """Black images and white ones: noise hides which it was, so the class alone tells, or none."""
     images = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(-1, -1, 4, 4)

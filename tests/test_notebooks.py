@@ -52,8 +52,11 @@ LONG = {
     | {"judged_nfe": 3, "blocks": 2, "fid_samples": 100, "exact": {"teacher_nfe": 50}}
     | {
         "sizes": {"n_train_alt": 40, "n_valid_alt": 20},
-        "settings": {"digits": LEAST},
+        "settings": {"digits": LEAST, "ecg": LEAST},
         "others": {"LD3, 3 calls": {"grid": "ld3", "nfe": 3}},
+        "other": "ecg",
+        "other_nfes": [3],
+        "other_sizes": {"n_train_alt": 40, "n_valid_alt": 20, "fid_samples": 100},
     },
     "beyond_linear": PLANE
     | {"sizes": [20, 40], "orders": [1, 0], "states": [0, 1], "nfes": [3], "rival_sizes": [20]}
@@ -61,7 +64,8 @@ LONG = {
     | {"rival": {"learner": "first_order", "epochs": 1}, "epochs": 1, "fid_samples": 100},
     "beyond_family": PLANE
     | {"nfes": [3, 4], "seen": [3], "seeds": [0], "fid_samples": 100}
-    | {"sizes": {"n_train_alt": 24, "n_valid_alt": 8}},
+    | {"sizes": {"n_train_alt": 24, "n_valid_alt": 8}}
+    | {"other": "digits", "other_sizes": {"n_train_alt": 24, "n_valid_alt": 8}, "other_nfes": [3]},
     "figure_samples": {"nfe": 3, "n": 4, "plane_nfe": 3, "settings": SMALL["settings"]},
 }
 SHORT = {
@@ -71,7 +75,7 @@ SHORT = {
     "appendix_theory": {"drawn": 1000, "sizes": [125, 250]},
     "appendix_train_denoiser": {},
     "beyond_black_box": {"models": {"digits": [8, 20]}, "seeds": [0], "nfe": 2, "order": 2},
-    "beyond_head": {"datasets": ["digits"], "pairs": {"digits": [24, 8]}, "blocks": 2}
+    "beyond_head": {"datasets": ["digits"], "pairs": {"digits": [24, 20]}, "blocks": 2}
     | {"steps": 1, "epochs": 1, "fid_samples": 20, "settings": {"digits": {"teacher_nfe": 10}}},
     "bring_your_own_model": {"epochs": 2},
     "use_it_anywhere": {"nfes": [3, 4], "pairs": 60},

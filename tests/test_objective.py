@@ -194,6 +194,7 @@ def trunk_without_weights(monkeypatch):
         monkeypatch.setattr(torchvision.models, name, lambda build=build, **_: build(weights=None))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::torchvision")
 @pytest.mark.parametrize(("net", "side"), [("vgg", 16), ("squeeze", 17), ("alex", 31)])
 def test_every_trunk_takes_its_smallest_image_and_none_smaller(

@@ -581,6 +581,7 @@ def test_instructions_without_what_they_need_are_told_in_one_sentence(written, o
         read_persistent(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_changed_byte_loads_or_is_told(written, seed):
     """Whatever a damaged byte does, the answer is a working network or one sentence."""

@@ -440,6 +440,7 @@ class TrainedDigits(diffusers.UNet2DModel):
         return diffusers.models.unets.unet_2d.UNet2DOutput(sample=eps.to(sample.dtype))
 
 
+@pytest.mark.slow
 def test_a_trained_network_passes_and_its_wrong_configuration_does_not(one_sentence):
     network = TrainedDigits()
     setup = s4s.from_diffusers((network, scheduler(**SD)))
@@ -541,6 +542,7 @@ def test_levels_without_signal_are_left_out_and_samples_are_right():
     assert setup.schedule.T < 1
 
 
+@pytest.mark.slow
 def test_a_compiled_network_and_another_size_are_taken(noise):
     network, own = unet(), scheduler()
     x, t = noise(0, 2, 1, 16, 16), torch.tensor(0.5, dtype=torch.float64)

@@ -117,6 +117,7 @@ SMALL = {
 ORDER = {"orders": [3], "nfes": [3], "seeds": [0]}
 
 
+@pytest.mark.slow
 def test_fetching_names_all_files_that_a_dataset_reads(placed):
     names = [path.name for path in zoo.fetch_files("cifar10")]
     assert names[-1] == "vgg16-397923af.pth" and "weights-inception" in names[-3]
@@ -254,6 +255,7 @@ def coco(folder: Path, number: int, *size: int, mode: str = "RGB") -> Image.Imag
     return Image.open(folder / f"COCO_val2014_{number:012d}.jpg").convert("RGB")
 
 
+@pytest.mark.slow
 def test_the_statistics_of_captions_are_those_of_their_images(
     placed, tmp_path, capsys, inception_file
 ):

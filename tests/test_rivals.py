@@ -82,6 +82,7 @@ def test_negative_psnr_is_bounded_and_falls_with_the_error():
     assert s4s.negative_psnr(x, target).tolist() == pytest.approx([-120, -40, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", [ipndm, dpm_solver_pp, unipc])
 def test_the_generalised_solver_begins_at_its_theory_and_improves(problem, table):
     solver, setup, teacher = problem(table, rounds=4)

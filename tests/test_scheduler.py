@@ -120,6 +120,7 @@ TABLES = {
 SCALED = ("free first call", "scales")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "table"),
     [(name, table) for name in ("epsilon", "v_prediction", "sample") for table in TABLES]

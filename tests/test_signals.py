@@ -134,6 +134,7 @@ def test_a_seed_has_its_signal_in_any_batch(setup):
     torch.testing.assert_close(part, whole[3:5], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", ["l2", "features"])
 @pytest.mark.parametrize("learner", ["gauss_newton", "first_order"])
 def test_learning_lowers_the_loss_of_unseen_signals(distance, learner):

@@ -32,6 +32,7 @@ def pages(site: Path) -> dict[Path, str]:
     return {path: path.read_text("utf-8") for path in site.rglob("*.html")}
 
 
+@pytest.mark.slow
 def test_links_lead_to_pages_files_and_headings(site):
     left_out = {BUILD["address"](path) for path in BUILD["reading_order"]()}
     found = pages(site)

@@ -1156,6 +1156,7 @@ def test_lists_and_arrays_are_tables_grids_and_noise(toy, one_sentence):
                 take(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [EDM(), SD, VPLinear()], ids=["EDM", "SD", "VP"])
 @pytest.mark.parametrize("seed", range(4))
 def test_learned_times_that_pass_each_other_are_solvers(noise, tmp_path, schedule, seed):
