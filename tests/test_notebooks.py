@@ -63,7 +63,7 @@ LONG = {
     | {"other": "digits", "other_sizes": [20]}
     | {"rival": {"learner": "first_order", "epochs": 1}, "epochs": 1, "fid_samples": 100},
     "beyond_family": PLANE
-    | {"nfes": [3, 4], "seen": [3], "seeds": [0], "fid_samples": 100}
+    | {"nfes": [3, 4], "seen": [3], "seeds": [0], "fid_samples": 130}  # in 5 blocks, and in 2
     | {"sizes": {"n_train_alt": 24, "n_valid_alt": 8}}
     | {"other": "digits", "other_sizes": {"n_train_alt": 24, "n_valid_alt": 8}, "other_nfes": [3]},
     "figure_samples": {"nfe": 3, "n": 4, "plane_nfe": 3, "settings": SMALL["settings"]},
